@@ -1,0 +1,26 @@
+//! Distributed training runtime: ranks, collectives, and a background engine that negotiates, fuses, compresses and
+//! reduces named buffers.
+//!
+//! Most programs need only [`World`]. The modules below it are public so that they can be tested, measured and reused;
+//! they are listed bottom to top, and imports only go down.
+#![deny(missing_docs)]
+
+pub mod dtype;
+pub mod error;
+pub mod memory;
+pub mod topology;
+
+pub mod reduce;
+pub mod wire;
+
+pub mod transport;
+
+pub mod collective;
+pub mod shm;
+
+pub use dtype::{DType, Element};
+pub use error::{Error, Result};
+pub use memory::Memory;
+pub use reduce::ReduceOp;
+pub use topology::Topology;
+pub use wire::Compression;

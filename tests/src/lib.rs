@@ -1,0 +1,1 @@
+//! What needs several processes: see the files beside this one.
