@@ -57,6 +57,9 @@ pub trait Transport: Send {
     /// Whether a request is complete; if so, the transport forgets it and drops its memory.
     fn test(&mut self, request: Request) -> Result<bool>;
 
+    /// Wakes `peer` if it sleeps on its [`Transport::waiter`]; carries no data. For those who share memory with it.
+    fn ring(&mut self, peer: usize) -> Result<()>;
+
     /// Moves what can be moved without blocking. Gives whether anything moved.
     fn progress(&mut self) -> Result<bool>;
 
