@@ -1,1 +1,1 @@
-
+//! Ranks of one host reduce through shared memory.

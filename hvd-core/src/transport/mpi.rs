@@ -1,1 +1,1 @@
-
+//! The plugin transport over MPI.

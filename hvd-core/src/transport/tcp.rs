@@ -1,1 +1,1 @@
-
+//! Built-in transport over TCP.
