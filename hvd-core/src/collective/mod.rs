@@ -1,21 +1,10 @@
 //! Algorithms over a transport, each a resumable operation: it is polled and never blocks, so that several can be in
 //! flight.
 
-use crate::dtype::DType;
 use crate::error::Result;
-use crate::reduce::ReduceOp;
 use crate::transport::Transport;
 
-/// What an allreduce does to each element.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Reduction {
-    /// Element type of the buffer, as it travels.
-    pub dtype: DType,
-    /// How elements are combined. `Average` of integers floors; `Average` of floats divides by the number of ranks.
-    pub op: ReduceOp,
-    /// Floats are multiplied by this once they are combined, before the chunk's owner rounds them. 1 for none.
-    pub scale: f64,
-}
+pub use crate::reduce::Reduction;
 
 /// An operation under way on this rank.
 pub trait Collective: Send {
