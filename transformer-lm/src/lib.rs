@@ -1,1 +1,25 @@
-//! transformer-lm
+//! A GPT trainer on `hvd-torch`: data, model, training loop, checkpoints, generation.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`config`] | the typed configuration file: [`load_config`], overrides, validation |
+//! | [`data`] | tokenizers, token shards, loaders |
+//! | [`model`] | [`model::TransformerLM`] |
+//! | [`trainer`] | [`run_distributed_training`]: the loop from the first step to the last checkpoint |
+//! | [`checkpoint`] | folders that are either whole or not there |
+//! | [`metrics`] | the run folder: `metrics.csv`, TensorBoard files, the progress line |
+//! | [`generate`] | text from a checkpoint, once or as a conversation |
+//! | [`cli`] | the command lines of `train`, `generate` and `lm`; the binaries only call it |
+#![deny(missing_docs)]
+
+pub mod checkpoint;
+pub mod cli;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod generate;
+pub mod metrics;
+pub mod model;
+pub mod trainer;
+
+pub use error::{Error, Result};

@@ -1,0 +1,9 @@
+//! `generate`: the same as `lm generate`.
+
+use std::process::ExitCode;
+
+use transformer_lm::cli;
+
+fn main() -> ExitCode {
+    cli::main_of::<cli::GenerateArgs>(cli::generate::run)
+}

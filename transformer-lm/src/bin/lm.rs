@@ -1,0 +1,9 @@
+//! `lm prepare`, `lm train`, `lm generate`.
+
+use std::process::ExitCode;
+
+use transformer_lm::cli;
+
+fn main() -> ExitCode {
+    cli::main_of::<cli::Lm>(cli::run)
+}

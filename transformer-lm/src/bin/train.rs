@@ -1,0 +1,9 @@
+//! `train`: the same as `lm train`.
+
+use std::process::ExitCode;
+
+use transformer_lm::cli;
+
+fn main() -> ExitCode {
+    cli::main_of::<cli::TrainArgs>(cli::train::run)
+}

@@ -1,0 +1,1 @@
+//! Checkpoints: folders that are either whole or not there.

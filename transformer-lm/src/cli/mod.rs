@@ -1,0 +1,78 @@
+//! The command lines. Exit codes: 0 success, 1 failure, 2 a mistake in flags or configuration.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::{Error, Result};
+
+pub mod generate;
+pub mod prepare;
+pub mod train;
+
+pub use generate::GenerateArgs;
+pub use prepare::PrepareArgs;
+pub use train::TrainArgs;
+
+/// Train a GPT on several processes and let it speak.
+#[derive(Parser, Debug)]
+#[command(name = "lm", version)]
+pub struct Lm {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Prepare(PrepareArgs),
+    Train(TrainArgs),
+    Generate(GenerateArgs),
+}
+
+/// Runs `lm` with its subcommands.
+pub fn run(lm: Lm) -> Result<()> {
+    match lm.command {
+        Command::Prepare(args) => prepare::run(args),
+        Command::Train(args) => train::run(args),
+        Command::Generate(args) => generate::run(args),
+    }
+}
+
+/// What each binary's `main` does: parse the process's arguments, run, report, and give the exit code.
+pub fn main_of<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
+    let args = match A::try_parse_from(with_dashes(std::env::args_os())) {
+        Ok(args) => args,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => report(&error),
+    }
+}
+
+/// Prints `error: …` to stderr and gives the error's exit code.
+pub fn report(error: &Error) -> ExitCode {
+    eprintln!("error: {error}");
+    ExitCode::from(error.exit_code())
+}
+
+/// Flags may be written with `_`, as the reference does, or with `-`: the names of long flags up to `=` get dashes.
+pub fn with_dashes(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut flags = true;
+    args.into_iter()
+        .map(|arg| {
+            flags &= arg != "--";
+            match arg.to_str() {
+                Some(text) if flags && text.starts_with("--") => {
+                    let (name, value) = text.split_at(text.find('=').unwrap_or(text.len()));
+                    format!("{}{value}", name.replace('_', "-")).into()
+                }
+                _ => arg,
+            }
+        })
+        .collect()
+}

@@ -1,0 +1,1 @@
+//! Text from a checkpoint, once or as a conversation.

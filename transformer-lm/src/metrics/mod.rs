@@ -1,0 +1,1 @@
+//! The run folder: metrics, TensorBoard files, the progress line.
