@@ -5,6 +5,7 @@
 //! they are listed bottom to top, and imports only go down.
 #![deny(missing_docs)]
 
+pub mod config;
 pub mod dtype;
 pub mod error;
 pub mod memory;

@@ -3,14 +3,16 @@
 //! A [`Transport`] belongs to one rank of one world and is driven by whoever holds it: nothing moves outside
 //! [`Transport::progress`], so that a caller that waits can drive it itself.
 
+mod matching;
 pub mod mpi;
+mod requests;
 pub mod tcp;
 pub mod thread;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::Memory;
 
 /// Names a stream of messages between two ranks. Messages of one tag arrive in the order in which they were sent, and
@@ -83,4 +85,13 @@ pub trait Waiter: Send + Sync {
 
     /// Ends a sleep under way, or else the next one.
     fn wake(&self);
+}
+
+/// Who failed first and why, as the peers of a rank that ends with `error` should hear it.
+pub(crate) fn origin(own_rank: usize, error: &Error) -> (usize, String) {
+    match error {
+        Error::PeerLost { rank, cause } => (*rank, cause.clone()),
+        Error::ShutDown(cause) => (own_rank, cause.clone()),
+        other => (own_rank, other.to_string()),
+    }
 }

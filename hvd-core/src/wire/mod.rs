@@ -1,8 +1,16 @@
 //! Conversion between what users hold and what travels.
 
+mod convert;
+pub(crate) mod lane;
+pub(crate) mod simd;
+pub(crate) mod sixteen;
+
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::DType;
+
+pub(crate) use convert::finish;
+pub use convert::{convert, scale};
 
 /// What f32 and f64 elements are narrowed to while they travel. Other dtypes travel as they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -1,0 +1,122 @@
+//! The loops behind the functions of [`super`].
+
+use std::marker::PhantomData;
+
+use crate::wire::lane::{Finish, Lane, Number};
+use crate::wire::simd::Kernel;
+
+/// Elements whose results are gathered at a time: their accumulators (at most 8 bytes each) stay in the first-level
+/// cache beside the inputs.
+const BLOCK: usize = 1024;
+
+/// How two elements become one.
+pub(super) trait Combine<N> {
+    fn apply(first: N, second: N) -> N;
+}
+
+macro_rules! combine {
+    ($($name:ident => $method:ident),*) => {$(
+        pub(super) enum $name {}
+        impl<N: Number> Combine<N> for $name {
+            #[inline(always)]
+            fn apply(first: N, second: N) -> N {
+                first.$method(second)
+            }
+        }
+    )*};
+}
+
+combine!(Plus => plus, Times => times, Least => least, Greatest => greatest);
+
+/// `into = into ∘ from`.
+pub(super) struct Accumulate<'a, L: Lane, O> {
+    pub into: &'a mut [L::Bytes],
+    pub from: &'a [L::Bytes],
+    pub op: PhantomData<O>,
+}
+
+impl<L: Lane, O: Combine<L::Wide>> Kernel for Accumulate<'_, L, O> {
+    #[inline(always)]
+    fn run(self) {
+        for (into, from) in self.into.iter_mut().zip(self.from) {
+            *into = L::store(O::apply(L::load(*into), L::load(*from)));
+        }
+    }
+}
+
+/// `out = finish(inputs[0] ∘ inputs[1] ∘ …)`, block by block.
+pub(super) struct Gather<'a, L: Lane, O, F> {
+    pub out: &'a mut [L::Bytes],
+    pub inputs: &'a [&'a [u8]],
+    pub finish: F,
+    pub op: PhantomData<O>,
+}
+
+impl<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>> Kernel for Gather<'_, L, O, F> {
+    #[inline(always)]
+    fn run(self) {
+        let Gather { out, inputs, finish, .. } = self;
+        let mut sums = [L::Wide::default(); BLOCK];
+        for (index, out) in out.chunks_mut(BLOCK).enumerate() {
+            let at = index * BLOCK..index * BLOCK + out.len();
+            let input = |rank: usize| &bytemuck::cast_slice::<u8, L::Bytes>(inputs[rank])[at.clone()];
+            match inputs.len() {
+                1 => one::<L, F>(out, input(0), finish),
+                2 => two::<L, O, F>(out, input(0), input(1), finish),
+                more => {
+                    let sums = &mut sums[..out.len()];
+                    start::<L, O>(sums, input(0), input(1));
+                    for rank in 2..more - 1 {
+                        add::<L, O>(sums, input(rank));
+                    }
+                    end::<L, O, F>(out, sums, input(more - 1), finish);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn one<L: Lane, F: Finish<L::Wide>>(out: &mut [L::Bytes], only: &[L::Bytes], finish: F) {
+    for (out, only) in out.iter_mut().zip(only) {
+        *out = L::store(finish.apply(L::load(*only)));
+    }
+}
+
+#[inline(always)]
+fn two<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>>(
+    out: &mut [L::Bytes],
+    first: &[L::Bytes],
+    second: &[L::Bytes],
+    finish: F,
+) {
+    for ((out, first), second) in out.iter_mut().zip(first).zip(second) {
+        *out = L::store(finish.apply(O::apply(L::load(*first), L::load(*second))));
+    }
+}
+
+#[inline(always)]
+fn start<L: Lane, O: Combine<L::Wide>>(sums: &mut [L::Wide], first: &[L::Bytes], second: &[L::Bytes]) {
+    for ((sum, first), second) in sums.iter_mut().zip(first).zip(second) {
+        *sum = O::apply(L::load(*first), L::load(*second));
+    }
+}
+
+#[inline(always)]
+fn add<L: Lane, O: Combine<L::Wide>>(sums: &mut [L::Wide], next: &[L::Bytes]) {
+    for (sum, next) in sums.iter_mut().zip(next) {
+        *sum = O::apply(*sum, L::load(*next));
+    }
+}
+
+#[inline(always)]
+fn end<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>>(
+    out: &mut [L::Bytes],
+    sums: &[L::Wide],
+    last: &[L::Bytes],
+    finish: F,
+) {
+    for ((out, sum), last) in out.iter_mut().zip(sums).zip(last) {
+        *out = L::store(finish.apply(O::apply(*sum, L::load(*last))));
+    }
+}

@@ -1,0 +1,138 @@
+//! Kernels that combine elements.
+//!
+//! All take bytes and an element type, need no alignment, and give bits that depend on their arguments alone, not on
+//! the CPU. Integers wrap on overflow, as Rust's `wrapping_add` and the C types of other runtimes do; the 16-bit floats
+//! are computed in f32 and rounded once per call; a bool is 0 or 1. A minimum or maximum is NaN if any input is.
+
+mod kernels;
+
+use std::marker::PhantomData;
+
+use serde::{Deserialize, Serialize};
+
+use crate::dtype::DType;
+use crate::wire::lane::{Factor, Lane, Number, with_lane};
+use crate::wire::simd::dispatch;
+use kernels::{Accumulate, Combine, Gather, Greatest, Least, Plus, Times};
+
+/// How the ranks' elements are combined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ReduceOp {
+    /// The sum.
+    Sum,
+    /// The sum divided by the number of ranks; integers floor.
+    Average,
+    /// The least.
+    Min,
+    /// The greatest.
+    Max,
+    /// The product.
+    Product,
+}
+
+impl ReduceOp {
+    /// Whether the operation is defined for elements of `dtype`: everything for 16-bit floats and up and 32-bit
+    /// integers and up; sum, min and max for the small integers; min (and) and max (or) for bool.
+    pub const fn supports(self, dtype: DType) -> bool {
+        match dtype {
+            DType::F16 | DType::BF16 | DType::F32 | DType::F64 | DType::I32 | DType::I64 => true,
+            DType::U8 | DType::I8 | DType::I16 => matches!(self, ReduceOp::Sum | ReduceOp::Min | ReduceOp::Max),
+            DType::Bool => matches!(self, ReduceOp::Min | ReduceOp::Max),
+        }
+    }
+}
+
+/// What an allreduce does to each element.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Reduction {
+    /// Element type of the buffer, as it travels.
+    pub dtype: DType,
+    /// How elements are combined. `Average` of integers floors; `Average` of floats divides by the number of ranks.
+    pub op: ReduceOp,
+    /// Floats are multiplied by this once they are combined, before the chunk's owner rounds them. 1 for none.
+    pub scale: f64,
+}
+
+impl Reduction {
+    /// Only the operation, without a scale.
+    pub const fn new(dtype: DType, op: ReduceOp) -> Self {
+        Reduction { dtype, op, scale: 1.0 }
+    }
+
+    /// What is left to do to elements that `ranks` ranks have combined.
+    fn factor(&self, ranks: usize) -> Factor {
+        let divide = if self.op == ReduceOp::Average { ranks.max(1) as f64 } else { 1.0 };
+        Factor { multiply: self.scale, divide }
+    }
+}
+
+/// Picks the operation's type for a generic function.
+macro_rules! with_op {
+    ($op:expr, $name:ident => $body:expr) => {{
+        macro_rules! arm {
+            ($type:ident) => {{
+                type $name = $type;
+                $body
+            }};
+        }
+        match $op {
+            ReduceOp::Sum | ReduceOp::Average => arm!(Plus),
+            ReduceOp::Min => arm!(Least),
+            ReduceOp::Max => arm!(Greatest),
+            ReduceOp::Product => arm!(Times),
+        }
+    }};
+}
+
+/// `into = into ∘ from`, element by element. Average only adds: [`finish`] divides.
+///
+/// # Panics
+/// If the lengths differ, end in a part of an element, or the type has no such operation.
+pub fn accumulate(op: ReduceOp, dtype: DType, into: &mut [u8], from: &[u8]) {
+    check(op, dtype, into, from);
+    with_lane!(dtype, L => with_op!(op, O => accumulate_lane::<L, O>(into, from)))
+}
+
+fn accumulate_lane<L: Lane, O: Combine<L::Wide>>(into: &mut [u8], from: &[u8]) {
+    let (into, from) = (bytemuck::cast_slice_mut(into), bytemuck::cast_slice(from));
+    dispatch(Accumulate::<L, O> { into, from, op: PhantomData });
+}
+
+/// `out = (inputs[0] ∘ inputs[1] ∘ …) · scale`, element by element and in this order; Average also divides by the
+/// number of inputs. Integers are not scaled.
+///
+/// A 16-bit float is rounded once, at the end. A factor that f32 cannot hold (a third) is applied in f64.
+///
+/// # Panics
+/// If there is no input, the lengths differ or end in a part of an element, or the type has no such operation.
+pub fn combine(op: ReduceOp, dtype: DType, out: &mut [u8], inputs: &[&[u8]], scale: f64) {
+    assert!(!inputs.is_empty(), "nothing to combine");
+    for input in inputs {
+        check(op, dtype, out, input);
+    }
+    let factor = Reduction { dtype, op, scale }.factor(inputs.len());
+    with_lane!(dtype, L => with_op!(op, O => combine_lane::<L, O>(out, inputs, factor)))
+}
+
+fn combine_lane<L: Lane, O: Combine<L::Wide>>(out: &mut [u8], inputs: &[&[u8]], factor: Factor) {
+    let (out, op) = (bytemuck::cast_slice_mut(out), PhantomData);
+    match L::Wide::cheap(factor) {
+        Some(finish) => dispatch(Gather::<L, O, _> { out, inputs, finish, op }),
+        None => dispatch(Gather::<L, O, _> { out, inputs, finish: L::Wide::thorough(factor), op }),
+    }
+}
+
+/// Divides (Average) and scales what `ranks` ranks have combined with [`accumulate`]. Does nothing where nothing is
+/// left to do.
+///
+/// # Panics
+/// If the buffer ends in a part of an element.
+pub fn finish(reduction: &Reduction, ranks: usize, data: &mut [u8]) {
+    crate::wire::finish(reduction.dtype, data, reduction.factor(ranks));
+}
+
+fn check(op: ReduceOp, dtype: DType, into: &[u8], from: &[u8]) {
+    assert!(op.supports(dtype), "{op:?} of {dtype} is not defined");
+    assert_eq!(into.len(), from.len(), "lengths of the buffers to combine");
+    assert_eq!(into.len() % dtype.size(), 0, "a part of a {dtype}");
+}

@@ -1,0 +1,138 @@
+//! Copies that convert and multiply.
+
+use std::marker::PhantomData;
+
+use super::lane::{Factor, Finish, Keep, Lane, Number, lanes, with_lane};
+use super::simd::{Kernel, dispatch};
+use super::sixteen;
+use crate::dtype::DType;
+
+/// Copies elements of one float type to another, multiplied by `factor`: f32 and f64 to f16 and bf16 and back. Between
+/// equal types it is a plain copy for a factor of 1, works for all of them, and integers ignore the factor.
+///
+/// One rounding to the nearest, ties to even, after the multiplication, which happens in f32 if both types fit in it
+/// and in f64 otherwise. Too large becomes infinity, NaN stays NaN. Buffers need no alignment.
+///
+/// # Panics
+/// If the types are none of those pairs, or the buffers do not hold equally many elements.
+pub fn convert(src_dtype: DType, src: &[u8], dst_dtype: DType, dst: &mut [u8], factor: f64) {
+    let elements = src.len() / src_dtype.size();
+    assert_eq!(src.len(), elements * src_dtype.size(), "a part of a {src_dtype}");
+    assert_eq!(dst.len(), elements * dst_dtype.size(), "length of the {dst_dtype} copy of {elements} elements");
+    match (src_dtype, dst_dtype) {
+        (from, to) if from == to => copy(from, src, dst, factor),
+        (DType::F32, DType::F16) => via_f32::<lanes::F32, lanes::F16>(src, dst, factor),
+        (DType::F32, DType::BF16) => via_f32::<lanes::F32, lanes::BF16>(src, dst, factor),
+        (DType::F16, DType::F32) => via_f32::<lanes::F16, lanes::F32>(src, dst, factor),
+        (DType::BF16, DType::F32) => via_f32::<lanes::BF16, lanes::F32>(src, dst, factor),
+        (DType::F64, DType::F16) => narrow_f64::<lanes::F16>(src, dst, factor),
+        (DType::F64, DType::BF16) => narrow_f64::<lanes::BF16>(src, dst, factor),
+        (DType::F16, DType::F64) => widen_f64::<lanes::F16>(src, dst, factor),
+        (DType::BF16, DType::F64) => widen_f64::<lanes::BF16>(src, dst, factor),
+        (from, to) => panic!("no conversion from {from} to {to}"),
+    }
+}
+
+/// Multiplies floats in place; integers stay as they are.
+///
+/// # Panics
+/// If the buffer ends in a part of an element.
+pub fn scale(dtype: DType, data: &mut [u8], factor: f64) {
+    finish(dtype, data, Factor::times(factor));
+}
+
+/// Multiplies and divides in place.
+pub(crate) fn finish(dtype: DType, data: &mut [u8], factor: Factor) {
+    if factor.is_one() {
+        return;
+    }
+    with_lane!(dtype, L => {
+        let data = bytemuck::cast_slice_mut(data);
+        match <L as Lane>::Wide::cheap(factor) {
+            Some(finish) => dispatch(InPlace::<L, _> { data, finish }),
+            None => dispatch(InPlace::<L, _> { data, finish: <L as Lane>::Wide::thorough(factor) }),
+        }
+    })
+}
+
+fn copy(dtype: DType, src: &[u8], dst: &mut [u8], factor: f64) {
+    if factor == 1.0 || !dtype.is_float() {
+        return dst.copy_from_slice(src);
+    }
+    match dtype {
+        DType::F16 => via_f32::<lanes::F16, lanes::F16>(src, dst, factor),
+        DType::BF16 => via_f32::<lanes::BF16, lanes::BF16>(src, dst, factor),
+        DType::F32 => via_f32::<lanes::F32, lanes::F32>(src, dst, factor),
+        _ => through::<lanes::F64, lanes::F64, f64>(src, dst, factor, |value| value, |value| value),
+    }
+}
+
+fn via_f32<S: Lane<Wide = f32>, D: Lane<Wide = f32>>(src: &[u8], dst: &mut [u8], factor: f64) {
+    through::<S, D, f32>(src, dst, factor, |value| value, |value| value);
+}
+
+fn narrow_f64<D: Lane<Wide = f32>>(src: &[u8], dst: &mut [u8], factor: f64) {
+    through::<lanes::F64, D, f64>(src, dst, factor, |value| value, sixteen::narrow_f64);
+}
+
+fn widen_f64<S: Lane<Wide = f32>>(src: &[u8], dst: &mut [u8], factor: f64) {
+    through::<S, lanes::F64, f64>(src, dst, factor, f64::from, |value| value);
+}
+
+/// Loads, multiplies in `N`, stores.
+fn through<S: Lane, D: Lane, N: Number>(
+    src: &[u8],
+    dst: &mut [u8],
+    factor: f64,
+    before: impl Fn(S::Wide) -> N,
+    after: impl Fn(N) -> D::Wide,
+) {
+    let (src, dst, factor) = (bytemuck::cast_slice(src), bytemuck::cast_slice_mut(dst), Factor::times(factor));
+    let lanes = PhantomData::<(S, D, N)>;
+    if factor.is_one() {
+        return dispatch(Copy { src, dst, before, after, finish: Keep, lanes });
+    }
+    match N::cheap(factor) {
+        Some(finish) => dispatch(Copy { src, dst, before, after, finish, lanes }),
+        None => dispatch(Copy { src, dst, before, after, finish: N::thorough(factor), lanes }),
+    }
+}
+
+struct Copy<'a, S: Lane, D: Lane, N, B, A, F> {
+    src: &'a [S::Bytes],
+    dst: &'a mut [D::Bytes],
+    before: B,
+    after: A,
+    finish: F,
+    lanes: PhantomData<(S, D, N)>,
+}
+
+impl<S, D, N, B, A, F> Kernel for Copy<'_, S, D, N, B, A, F>
+where
+    S: Lane,
+    D: Lane,
+    B: Fn(S::Wide) -> N,
+    A: Fn(N) -> D::Wide,
+    F: Finish<N>,
+{
+    #[inline(always)]
+    fn run(self) {
+        for (to, from) in self.dst.iter_mut().zip(self.src) {
+            *to = D::store((self.after)(self.finish.apply((self.before)(S::load(*from)))));
+        }
+    }
+}
+
+struct InPlace<'a, L: Lane, F> {
+    data: &'a mut [L::Bytes],
+    finish: F,
+}
+
+impl<L: Lane, F: Finish<L::Wide>> Kernel for InPlace<'_, L, F> {
+    #[inline(always)]
+    fn run(self) {
+        for element in self.data {
+            *element = L::store(self.finish.apply(L::load(*element)));
+        }
+    }
+}
