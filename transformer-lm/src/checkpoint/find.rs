@@ -88,7 +88,8 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
             return Ok(newest);
         }
     }
-    let mut runs: Vec<PathBuf> = std::fs::read_dir(path).map_err(Error::io("list", path))?.flatten().map(|e| e.path()).collect();
+    let mut runs: Vec<PathBuf> =
+        std::fs::read_dir(path).map_err(Error::io("list", path))?.flatten().map(|e| e.path()).collect();
     runs.retain(|run| run.join("run_metadata.json").is_file());
     runs.sort();
     runs.iter().rev().find_map(|run| resolve(run).ok()).ok_or_else(|| {

@@ -106,7 +106,9 @@ fn check_shapes(parameters: &[(String, Tensor)], weights: &[(String, Tensor)]) -
         if (weight.size(), weight.kind()) != (parameter.size(), parameter.kind()) {
             let (found, expected) = (weight.size(), parameter.size());
             let (kind, wanted) = (weight.kind(), parameter.kind());
-            return Err(format!("`{name}` is {kind:?} {found:?}, the configuration asks for {wanted:?} {expected:?}; {hint}"));
+            return Err(format!(
+                "`{name}` is {kind:?} {found:?}, the configuration asks for {wanted:?} {expected:?}; {hint}"
+            ));
         }
     }
     Ok(())

@@ -59,7 +59,8 @@ fn a_checkpoint_is_replaced_in_one_step() {
 fn damaged_checkpoints_are_skipped_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
     let names = ["checkpoint_epoch1_step10", "checkpoint_epoch1_step20", "checkpoint_epoch1_step30"];
-    let paths: Vec<PathBuf> = names.iter().zip([10, 20, 30]).map(|(name, step)| save(folder.path(), name, step)).collect();
+    let paths: Vec<PathBuf> =
+        names.iter().zip([10, 20, 30]).map(|(name, step)| save(folder.path(), name, step)).collect();
     truncate(&paths[2].join("model.safetensors"));
     std::fs::remove_file(paths[1].join("optimizer.safetensors")).unwrap();
     let cut = save(folder.path(), "checkpoint_epoch1_step40", 40);
@@ -69,7 +70,11 @@ fn damaged_checkpoints_are_skipped_with_the_reason() {
     let found = find_newest(folder.path()).unwrap();
     assert_eq!(found.newest.unwrap().0, paths[0]);
     let skipped = found.skipped.join("\n");
-    for reason in ["step40: state.json is damaged", "step30: model.safetensors is damaged", "step20: optimizer.safetensors is missing"] {
+    for reason in [
+        "step40: state.json is damaged",
+        "step30: model.safetensors is damaged",
+        "step20: optimizer.safetensors is missing",
+    ] {
         assert!(skipped.contains(reason), "{skipped}");
     }
 }

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
+use crate::model::ModelConfig;
 use crate::{Error, Result};
 
 mod layers;
@@ -301,6 +302,51 @@ impl Config {
     /// [`Error::Io`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         std::fs::write(&path, self.to_yaml()).map_err(Error::io("write", path))
+    }
+
+    /// The model's shape, with `auto` replaced by the vocabulary of the data.
+    pub fn model_config(&self, data_vocab_size: usize) -> ModelConfig {
+        let model = &self.model;
+        let vocab_size = match model.vocab_size {
+            VocabSize::Auto => data_vocab_size,
+            VocabSize::Fixed(size) => size,
+        };
+        ModelConfig {
+            vocab_size,
+            d_model: model.d_model,
+            n_heads: model.n_heads,
+            n_layers: model.n_layers,
+            d_ff: model.d_ff,
+            max_seq_len: model.max_seq_len,
+            dropout: model.dropout,
+            pad_token_id: model.pad_token_id,
+            gradient_checkpointing: self.training.gradient_checkpointing,
+        }
+    }
+
+    /// This configuration with the vocabulary's size filled in; what a checkpoint keeps.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where `vocab_size` is a number that the data's tokens exceed.
+    pub fn resolved(&self, data_vocab_size: usize) -> Result<Config> {
+        let mut config = self.clone();
+        match config.model.vocab_size {
+            VocabSize::Fixed(size) if size < data_vocab_size => {
+                return Err(Error::Config(format!(
+                    "model.vocab_size = {size}, but the data in {} has tokens up to {}\n\
+                     hint: use vocab_size: auto, or at least {data_vocab_size}",
+                    self.data.data_dir.display(),
+                    data_vocab_size - 1
+                )));
+            }
+            VocabSize::Fixed(_) => {}
+            VocabSize::Auto => {
+                config.model.vocab_size = VocabSize::Fixed(data_vocab_size);
+                let fits = |id: &i64| (*id as u64) < data_vocab_size as u64;
+                config.model.pad_token_id = config.model.pad_token_id.filter(fits);
+            }
+        }
+        Ok(config)
     }
 
     /// Things that are allowed but seldom meant, one text each.

@@ -127,6 +127,11 @@ fn contradiction(config: &Config) -> Option<(&'static str, String)> {
             format!("model.n_heads = {heads} does not divide model.d_model = {width}: expected a divisor of {width}"),
         ));
     }
+    if training.gradient_checkpointing {
+        let text = "training.gradient_checkpointing = true is not supported yet: expected false; where memory is short, \
+                    lower per_gpu_batch_size and set global_batch_size";
+        return Some(("training.gradient_checkpointing", text.into()));
+    }
     if training.amp_dtype == AmpDtype::Fp16 && training.device == DeviceChoice::Cpu {
         return Some((
             "training.amp_dtype",

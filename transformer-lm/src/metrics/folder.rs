@@ -45,7 +45,8 @@ impl RunFolder {
     /// The newest run of that name below `paths.output_dir`, if there is one.
     pub fn newest(paths: &PathsSection, run_name: &str) -> Option<RunFolder> {
         let entries = std::fs::read_dir(&paths.output_dir).ok()?;
-        let names = entries.flatten().filter(|entry| entry.path().is_dir()).filter_map(|e| e.file_name().into_string().ok());
+        let names =
+            entries.flatten().filter(|entry| entry.path().is_dir()).filter_map(|e| e.file_name().into_string().ok());
         let newest = names.filter(|name| name_of_run(name) == Some(run_name)).max()?;
         Some(RunFolder::at(paths.output_dir.join(newest), paths))
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::Result;
 
 /// Variables that say under which scheduler or launcher a run was started begin with one of these.
 const SCHEDULERS: &[&str] = &["SLURM_", "PBS_", "LSB_", "SGE_", "OMPI_COMM_", "PMI_", "HVD_RANK", "HVD_SIZE"];
@@ -62,7 +62,7 @@ impl RunMetadata {
     /// Adds this start to the folder's `run_metadata.json`.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`crate::Error::Io`].
     pub fn append(self, root: &Path) -> Result<()> {
         let path = root.join("run_metadata.json");
         let before = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());

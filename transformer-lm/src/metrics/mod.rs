@@ -18,7 +18,9 @@ mod tensorboard;
 
 pub use csv::{HEADER, MetricsCsv, Phase, Row};
 pub use folder::RunFolder;
+pub(crate) use metadata::host;
 pub use metadata::{Device, RunMetadata};
 pub use progress::Progress;
+pub(crate) use progress::thousands;
 pub use recorder::Recorder;
 pub use tensorboard::EventFile;

@@ -139,6 +139,8 @@ mod tests {
         assert_eq!(records.len(), 2);
         assert!(records[0].ends_with(b"brain.Event:2"));
         assert_eq!(records[1][9..12], [2 << 3, 0xac, 0x02]); // step 300
-        assert!(records[1].ends_with(&[&[1 << 3 | BYTES, 10][..], b"train/loss", &[2 << 3 | FIXED_32], &1.5f32.to_le_bytes()].concat()));
+        assert!(records[1].ends_with(
+            &[&[1 << 3 | BYTES, 10][..], b"train/loss", &[2 << 3 | FIXED_32], &1.5f32.to_le_bytes()].concat()
+        ));
     }
 }

@@ -30,9 +30,9 @@ impl Sums {
     /// # Errors
     /// [`Error::Hvd`].
     pub fn over_ranks(self, world: &World, name: &str) -> Result<Sums> {
-        let mut values = [self.loss, self.tokens, self.correct];
-        world.allreduce(name, &mut values, ReduceOp::Sum).map_err(hvd_torch::Error::from)?;
-        let [loss, tokens, correct] = values;
+        let values = Tensor::from_slice(&[self.loss, self.tokens, self.correct]);
+        hvd_torch::ops::allreduce_(world, &values, name, ReduceOp::Sum)?;
+        let [loss, tokens, correct] = [0, 1, 2].map(|i| values.double_value(&[i]));
         Ok(Sums { loss, tokens, correct })
     }
 
@@ -81,7 +81,13 @@ impl Learner {
     ///
     /// # Errors
     /// [`Error::Config`] for a precision that the device lacks.
-    pub fn new(config: &Config, shape: &ModelConfig, plan: &BatchPlan, world: &World, device: Device) -> Result<Learner> {
+    pub fn new(
+        config: &Config,
+        shape: &ModelConfig,
+        plan: &BatchPlan,
+        world: &World,
+        device: Device,
+    ) -> Result<Learner> {
         let precision = Precision::new(config.training.amp_dtype, device)?;
         let mut store = nn::VarStore::new(device);
         store.set_kind(precision.weights);
@@ -109,8 +115,8 @@ impl Learner {
     /// # Errors
     /// [`Error::Hvd`].
     pub fn broadcast(&mut self) -> Result<()> {
-        hvd_torch::broadcast_parameters(&self.model.parameters(), 0)?;
-        Ok(hvd_torch::broadcast_optimizer_state(self.optimizer.inner_mut(), 0)?)
+        hvd_torch::ops::broadcast_parameters(&self.world, &self.model.parameters(), 0)?;
+        Ok(hvd_torch::ops::broadcast_optimizer_state(&self.world, self.optimizer.inner_mut(), 0)?)
     }
 
     /// One update from this rank's micro-batches (B, T+1) of the global batch. `step` is the number of updates before it.
@@ -246,7 +252,8 @@ impl Precision {
             AmpDtype::Fp64 => (Kind::Double, None),
         };
         if dtype == AmpDtype::Fp16 && !device.is_cuda() {
-            let text = "training.amp_dtype = fp16 needs CUDA, and this rank computes on the CPU\nhint: use bf16 or fp32";
+            let text =
+                "training.amp_dtype = fp16 needs CUDA, and this rank computes on the CPU\nhint: use bf16 or fp32";
             return Err(Error::Config(text.into()));
         }
         Ok(Precision { device, weights, autocast, scaled: dtype == AmpDtype::Fp16 })

@@ -38,13 +38,13 @@ pub fn setup_horovod(require_distributed: bool) -> Result<Setup> {
     // Before anything starts a thread, which would inherit a narrow mask.
     let topology = Launch::from_env().map_err(hvd_torch::Error::from)?.topology;
     let threads = deal_cores(&topology);
-    let world = hvd_torch::init()?;
+    let world = hvd_torch::init().map_err(hvd_torch::Error::from)?;
     if require_distributed && world.size() == 1 {
         let text = "this needs several ranks, but there is only one\n\
                     hint: start it with a launcher, for example `mpirun -np 2 …`";
         return Err(Error::Config(text.into()));
     }
-    let (world_size, rank, local_rank) = (world.size(), world.rank(), world.local_rank());
+    let (world_size, rank, local_rank) = (world.size(), world.rank(), topology.local_rank);
     Ok(Setup { world_size, rank, local_rank, cuda: tch::Cuda::is_available(), threads, world })
 }
 
