@@ -22,4 +22,7 @@ pub mod metrics;
 pub mod model;
 pub mod trainer;
 
+pub use checkpoint::{load_checkpoint, save_checkpoint};
+pub use config::{Config, load_config};
 pub use error::{Error, Result};
+pub use trainer::{run_distributed_training, setup_horovod};
