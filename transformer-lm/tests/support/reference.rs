@@ -87,7 +87,7 @@ impl Reference {
                 let start = which * d + head * width;
                 &qkv[t][start..start + width]
             };
-            for t in 0..x.len() {
+            for (t, mixed) in mixed.iter_mut().enumerate() {
                 let seen: Vec<usize> = (0..=t).filter(|&s| visible[s] || s == t).collect();
                 let scores: Vec<f64> =
                     seen.iter().map(|&s| dot(part(0, t), part(1, s)) / (width as f64).sqrt()).collect();
@@ -95,7 +95,7 @@ impl Reference {
                 let total: f64 = weights.iter().sum();
                 for (&s, weight) in seen.iter().zip(&weights) {
                     for i in 0..width {
-                        mixed[t][head * width + i] += weight / total * part(2, s)[i];
+                        mixed[head * width + i] += weight / total * part(2, s)[i];
                     }
                 }
             }
