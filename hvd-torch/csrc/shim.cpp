@@ -1,0 +1,287 @@
+// What tch does not expose of libtorch, as a C interface for hvd-torch.
+//
+// A tensor crosses as tch's `C_tensor *`, which is an `at::Tensor *`. The shim borrows the tensors that it is given;
+// one that it returns is owned by the caller (tch frees it). A function that can fail returns 0 for success and
+// -1 for failure; `hvd_shim_error` then gives the reason, per thread. No C++ exception leaves this file.
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <dlfcn.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+using at::Tensor;
+
+namespace {
+
+thread_local std::string last_error;
+
+// Runs `body`; turns an exception into -1 and a message.
+template <typename Body>
+int guarded(Body body) noexcept {
+  try {
+    body();
+    return 0;
+  } catch (const c10::Error& error) {
+    last_error = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  } catch (...) {
+    last_error = "an exception of unknown type";
+  }
+  return -1;
+}
+
+// Shallow copies of `count` borrowed tensors.
+std::vector<Tensor> gather(Tensor* const* tensors, size_t count) {
+  std::vector<Tensor> result;
+  result.reserve(count);
+  for (size_t i = 0; i < count; i++) result.push_back(*tensors[i]);
+  return result;
+}
+
+using HookCall = void (*)(void* context);
+using HookDrop = void (*)(void* context);
+
+// Calls back after a leaf's `.grad` has been accumulated. Owns `context`.
+struct PostAccumulateHook final : torch::autograd::PostAccumulateGradHook {
+  HookCall call;
+  HookDrop drop;
+  void* context;
+
+  PostAccumulateHook(HookCall call, HookDrop drop, void* context) : call(call), drop(drop), context(context) {}
+  PostAccumulateHook(const PostAccumulateHook&) = delete;
+  PostAccumulateHook& operator=(const PostAccumulateHook&) = delete;
+  ~PostAccumulateHook() override { drop(context); }
+
+  void operator()(const torch::autograd::Variable&) override { call(context); }
+};
+
+// Elements whose squares are summed by one thread at a time. Fixed, so that the order of summation does not depend on
+// the number of threads.
+constexpr int64_t kBlock = 1 << 14;
+// Independent partial sums within a block. Fixed, so that the order does not depend on the processor's vector width.
+constexpr int64_t kLanes = 16;
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HVD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define HVD_CLONES
+#endif
+
+HVD_CLONES double sum_of_squares_f32(const float* data, int64_t count) {
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; lane++) {
+      const double value = data[i + lane];
+      lanes[lane] += value * value;
+    }
+  for (int64_t lane = 0; i + lane < count; lane++) lanes[lane] += double(data[i + lane]) * double(data[i + lane]);
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+template <typename T>
+double sum_of_squares(const T* data, int64_t count) {
+  double lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; i++) {
+    const double value = static_cast<double>(data[i]);
+    lanes[i % kLanes] += value * value;
+  }
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+double sum_of_squares(const float* data, int64_t count) { return sum_of_squares_f32(data, count); }
+
+template <typename T>
+double blocked_sum_of_squares(const Tensor& flat) {
+  const T* data = flat.const_data_ptr<T>();
+  const int64_t count = flat.numel(), blocks = (count + kBlock - 1) / kBlock;
+  std::vector<double> partial(blocks);
+  at::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++)
+      partial[b] = sum_of_squares(data + b * kBlock, std::min(kBlock, count - b * kBlock));
+  });
+  double sum = 0;
+  for (double part : partial) sum += part;
+  return sum;
+}
+
+double squared_norm(const Tensor& flat) {
+  if (!flat.is_cpu()) return at::sum(at::square(flat.to(at::kDouble))).item<double>();
+  TORCH_CHECK(flat.is_contiguous(), "the squared norm is taken of contiguous tensors only");
+  switch (flat.scalar_type()) {
+    case at::kFloat: return blocked_sum_of_squares<float>(flat);
+    case at::kDouble: return blocked_sum_of_squares<double>(flat);
+    case at::kBFloat16: return blocked_sum_of_squares<at::BFloat16>(flat);
+    case at::kHalf: return blocked_sum_of_squares<at::Half>(flat);
+    default: TORCH_CHECK(false, "no norm of gradients of type ", flat.scalar_type());
+  }
+}
+
+c10::DeviceType device_type(int cuda) { return cuda ? at::kCUDA : at::kCPU; }
+
+}  // namespace
+
+extern "C" {
+
+// Why the last call on this thread failed.
+const char* hvd_shim_error() { return last_error.c_str(); }
+
+// --- hooks and gradients ---
+
+// Calls `call(context)` each time that a backward pass has accumulated into `leaf`'s gradient. `drop(context)` runs
+// when the hook goes: with the tensor, by hvd_hook_remove, or at once if this call fails. A tensor has at most one such
+// hook; a second is refused.
+int hvd_hook_set(Tensor* leaf, HookCall call, HookDrop drop, void* context) {
+  return guarded([&] {
+    auto hook = std::make_unique<PostAccumulateHook>(call, drop, context);
+    TORCH_CHECK(leaf->is_leaf() && leaf->requires_grad(), "only a leaf that requires a gradient can have a hook");
+    TORCH_CHECK(!torch::autograd::impl::post_acc_grad_hooks(*leaf), "this tensor already has a hook");
+    torch::autograd::impl::set_post_acc_grad_hooks(*leaf, std::move(hook));
+  });
+}
+
+int hvd_hook_remove(Tensor* leaf) {
+  return guarded([&] { torch::autograd::impl::set_post_acc_grad_hooks(*leaf, nullptr); });
+}
+
+// Where the gradient's elements are: null if there is no gradient, or one that is sparse.
+int hvd_grad_data(Tensor* leaf, void** data) {
+  return guarded([&] {
+    const Tensor& grad = leaf->grad();
+    *data = grad.defined() && grad.layout() == at::kStrided ? grad.mutable_data_ptr() : nullptr;
+  });
+}
+
+// Whether the tensor has a gradient, of any layout.
+int hvd_grad_defined(Tensor* leaf, int* defined) {
+  return guarded([&] { *defined = leaf->grad().defined(); });
+}
+
+// Makes `grad` the gradient of `leaf`; null for none.
+int hvd_grad_set(Tensor* leaf, Tensor* grad) {
+  return guarded([&] { leaf->mutable_grad() = grad ? *grad : Tensor(); });
+}
+
+// Backward from several roots, each with the gradient that comes from outside (null: 1, for a scalar root).
+int hvd_backward(Tensor* const* roots, Tensor* const* grads, size_t count, int retain_graph) {
+  return guarded([&] {
+    std::vector<Tensor> outside;
+    for (size_t i = 0; i < count; i++) outside.push_back(grads[i] ? *grads[i] : Tensor());
+    torch::autograd::backward(gather(roots, count), outside, retain_graph != 0);
+  });
+}
+
+// --- autocast: state of the calling thread ---
+
+struct AutocastState {
+  int enabled;
+  int dtype;
+  int cache;
+};
+
+int hvd_autocast_enter(int cuda, int dtype, AutocastState* before) {
+  return guarded([&] {
+    const auto device = device_type(cuda);
+    *before = {at::autocast::is_autocast_enabled(device), int(at::autocast::get_autocast_dtype(device)),
+               at::autocast::is_autocast_cache_enabled()};
+    at::autocast::set_autocast_dtype(device, static_cast<at::ScalarType>(dtype));
+    at::autocast::set_autocast_enabled(device, true);
+    at::autocast::set_autocast_cache_enabled(true);
+    at::autocast::increment_nesting();
+  });
+}
+
+int hvd_autocast_exit(int cuda, const AutocastState* before) {
+  return guarded([&] {
+    const auto device = device_type(cuda);
+    if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+    at::autocast::set_autocast_enabled(device, before->enabled != 0);
+    at::autocast::set_autocast_dtype(device, static_cast<at::ScalarType>(before->dtype));
+    at::autocast::set_autocast_cache_enabled(before->cache != 0);
+  });
+}
+
+// --- fused updates over lists ---
+
+int hvd_foreach_zero(Tensor* const* tensors, size_t count) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_zero_(gather(tensors, count));
+  });
+}
+
+int hvd_foreach_mul(Tensor* const* tensors, size_t count, double factor) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_mul_(gather(tensors, count), factor);
+  });
+}
+
+// Writes the 2-norm of each tensor to `norms`, computed in torch's accumulation type.
+int hvd_foreach_norm(Tensor* const* tensors, size_t count, double* norms) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    const auto results = at::_foreach_norm(gather(tensors, count), 2);
+    for (size_t i = 0; i < count; i++) norms[i] = results[i].item<double>();
+  });
+}
+
+// The sum of the squares of all elements of a contiguous tensor, in f64, in an order that depends on its length alone:
+// not on the number of threads, not on the processor.
+int hvd_squared_norm(Tensor* flat, double* result) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    *result = squared_norm(*flat);
+  });
+}
+
+// One AdamW update of `count` parameters (same dtype and device), with decoupled weight decay. `steps` are f32
+// scalars: the number of updates before this one; they are advanced.
+int hvd_fused_adamw(Tensor* const* params, Tensor* const* grads, Tensor* const* exp_avgs, Tensor* const* exp_avg_sqs,
+                    Tensor* const* steps, size_t count, double lr, double beta1, double beta2, double weight_decay,
+                    double eps) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    const auto step = gather(steps, count);
+    at::_foreach_add_(step, 1);
+    at::_fused_adamw_(gather(params, count), gather(grads, count), gather(exp_avgs, count),
+                      gather(exp_avg_sqs, count), {}, step, lr, beta1, beta2, weight_decay, eps,
+                      /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+
+// --- the process ---
+
+// Refuses (or, with `warn_only`, warns of) operations that have no deterministic implementation.
+int hvd_set_deterministic(int on, int warn_only) {
+  return guarded([&] {
+    at::globalContext().setDeterministicAlgorithms(on != 0, warn_only != 0);
+    at::globalContext().setDeterministicCuDNN(on != 0);
+    at::globalContext().setBenchmarkCuDNN(on == 0 && at::globalContext().benchmarkCuDNN());
+  });
+}
+
+// Loads a library for the whole process. Null, or why not.
+const char* hvd_dlopen(const char* name) {
+  if (dlopen(name, RTLD_NOW | RTLD_GLOBAL)) return nullptr;
+  const char* reason = dlerror();
+  return reason ? reason : "dlopen failed";
+}
+
+}  // extern "C"

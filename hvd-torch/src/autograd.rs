@@ -1,0 +1,68 @@
+//! Gradients and hooks, as far as tch lacks them.
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+use crate::shim;
+
+/// A closure that runs each time that a backward pass has accumulated into a leaf's gradient; dropping this value
+/// removes it.
+///
+/// It runs once per backward pass, also for a leaf that was used several times; never for one that was not used. On CPU
+/// it runs on the thread that called backward, on CUDA on the device's engine thread. A panic in it is caught.
+#[derive(Debug)]
+pub struct Hook {
+    leaf: Tensor,
+}
+
+// SAFETY: the tensor is private and only its `drop` uses it.
+unsafe impl Sync for Hook {}
+
+impl Hook {
+    /// Attaches `hook` to `leaf`.
+    ///
+    /// # Errors
+    /// If `leaf` is not a leaf that requires a gradient, or already has a hook.
+    pub fn after_accumulate(leaf: &Tensor, hook: impl Fn() + Send + Sync + 'static) -> Result<Hook> {
+        shim::hook_set(leaf, Box::new(hook))?;
+        Ok(Hook { leaf: leaf.shallow_clone() })
+    }
+}
+
+impl Drop for Hook {
+    fn drop(&mut self) {
+        if let Err(error) = shim::hook_remove(&self.leaf) {
+            tracing::error!("removing a hook: {error}");
+        }
+    }
+}
+
+/// Makes `grad` the gradient of `leaf`, sharing its elements; `None` removes the gradient.
+///
+/// A later backward pass accumulates into `grad` in place.
+///
+/// # Errors
+/// If shape, kind or device differ.
+pub fn set_grad(leaf: &Tensor, grad: Option<&Tensor>) -> Result<()> {
+    if let Some(grad) = grad {
+        let fits = grad.size() == leaf.size() && grad.kind() == leaf.kind() && grad.device() == leaf.device();
+        if !fits {
+            return Err(Error::invalid(format!("a gradient {grad:?} does not fit a parameter {leaf:?}")));
+        }
+    }
+    shim::grad_set(leaf, grad)
+}
+
+/// The gradient of `leaf`, if it has one.
+pub fn grad(leaf: &Tensor) -> Result<Option<Tensor>> {
+    Ok(if shim::grad_defined(leaf)? { Some(leaf.f_grad()?) } else { None })
+}
+
+/// Backward from several roots, each with the gradient that comes from outside (`None`: 1, for a scalar root).
+///
+/// # Errors
+/// With torch's reason, for instance where a gradient's shape is not its root's.
+pub fn backward(roots: &[(&Tensor, Option<&Tensor>)], retain_graph: bool) -> Result<()> {
+    let (roots, grads): (Vec<_>, Vec<_>) = roots.iter().copied().unzip();
+    shim::backward(&roots, &grads, retain_graph)
+}

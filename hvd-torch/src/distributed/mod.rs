@@ -1,0 +1,165 @@
+//! An optimizer that averages gradients over all ranks while backward is still running.
+
+mod bucket;
+mod builder;
+mod plan;
+mod state;
+
+pub use builder::Builder;
+
+use std::sync::Arc;
+
+use tch::Tensor;
+
+use crate::autograd::Hook;
+use crate::error::{Error, Result};
+use crate::foreach;
+use crate::optim::Optimizer;
+use bucket::Bucket;
+use state::Shared;
+
+/// Wraps an optimizer so that it updates with gradients that are averaged over all ranks.
+///
+/// The gradients live in a few flat buckets. A hook on each parameter counts backward passes; when all gradients of a
+/// bucket are complete, its reduction starts, while backward goes on with earlier layers. Buckets depend on the
+/// parameters and the settings alone, so results have the same bits on every run.
+///
+/// The usual step is
+/// ```text
+/// optimizer.zero_grad()?;
+/// loss.backward();                       // as often as backward_passes_per_step says
+/// optimizer.clip_grad_norm(1.0)?;        // if wanted; waits for the reductions
+/// optimizer.step()?;                     // waits for the reductions
+/// ```
+/// A parameter that no backward pass reaches has a gradient of zeros, here and on the other ranks' average.
+pub struct DistributedOptimizer<O: Optimizer> {
+    optimizer: O,
+    shared: Arc<Shared>,
+    /// Dropping them removes the hooks.
+    _hooks: Vec<Hook>,
+}
+
+impl<O: Optimizer> DistributedOptimizer<O> {
+    /// Starts to describe a distributed optimizer around `optimizer`.
+    pub fn builder(optimizer: O) -> Builder<O> {
+        Builder::new(optimizer)
+    }
+
+    /// Waits until the gradients are reduced; starts the reductions that backward has not started.
+    ///
+    /// Every rank must call this (or [`DistributedOptimizer::step`]) equally often.
+    ///
+    /// # Errors
+    /// If a reduction fails, or there were more backward passes than declared.
+    pub fn synchronize(&mut self) -> Result<()> {
+        let handles: Vec<_> = {
+            let mut state = self.shared.lock();
+            state.check()?;
+            if state.synchronized {
+                return Ok(());
+            }
+            state.submit_rest()?;
+            state.buckets.iter_mut().filter_map(|bucket| bucket.handle.take()).collect()
+        };
+        // Wait for all, also after an error: the first one is what the caller gets.
+        let outcome = handles.into_iter().map(|handle| handle.wait().map(drop)).fold(Ok(()), Result::and);
+        let mut state = self.shared.lock();
+        match &outcome {
+            Ok(()) => state.synchronized = true,
+            Err(error) => state.failure = Some(error.clone()),
+        }
+        outcome
+    }
+
+    /// Scales the reduced gradients so that their norm is at most `max_norm`; the norm that they had.
+    ///
+    /// The norm is over all parameters, summed in f64 in a fixed order: the same bits on every rank. If it is infinite or
+    /// NaN the gradients stay as they are. Synchronizes first if that has not been done.
+    pub fn clip_grad_norm(&mut self, max_norm: f64) -> Result<f64> {
+        self.synchronize()?;
+        let flats = self.flats();
+        let norm = foreach::total_norm(&flats)?;
+        foreach::clip_(&flats, norm, max_norm)?;
+        Ok(norm)
+    }
+
+    /// Multiplies the reduced gradients by `factor`. Synchronizes first if that has not been done.
+    pub fn scale_gradients(&mut self, factor: f64) -> Result<()> {
+        self.synchronize()?;
+        foreach::mul_(&self.flats(), factor)
+    }
+
+    /// Updates the parameters with the reduced gradients. Synchronizes first if that has not been done.
+    pub fn step(&mut self) -> Result<()> {
+        self.synchronize()?;
+        self.optimizer.step()?;
+        self.shared.lock().begin();
+        Ok(())
+    }
+
+    /// Zeroes the gradients. After [`DistributedOptimizer::synchronize`] without a step, this skips the step.
+    ///
+    /// # Errors
+    /// While reductions are under way.
+    pub fn zero_grad(&mut self) -> Result<()> {
+        let mut state = self.shared.lock();
+        state.check()?;
+        if state.in_flight() {
+            return Err(Error::invalid(
+                "zero_grad() while gradients are being reduced; call step() (or synchronize()) first",
+            ));
+        }
+        let flats: Vec<_> = state.buckets.iter().map(|bucket| bucket.flat.shallow_clone()).collect();
+        foreach::zero_(&flats)?;
+        state.buckets.iter_mut().try_for_each(Bucket::attach)?;
+        state.begin();
+        Ok(())
+    }
+
+    /// Changes after how many backward passes a gradient is complete. Call it between steps: once gradients have
+    /// arrived, or with 0, the next synchronization fails.
+    pub fn set_backward_passes_per_step(&mut self, passes: usize) {
+        let mut state = self.shared.lock();
+        if passes == state.passes {
+            return;
+        }
+        let before = state.passes;
+        let wrong = match passes {
+            0 => "but must be at least 1",
+            _ if state.has_begun() && !state.synchronized => "in the middle of a step",
+            _ => "",
+        };
+        if !wrong.is_empty() {
+            let text = format!("backward_passes_per_step was changed from {before} to {passes}, {wrong}");
+            state.failure.get_or_insert(Error::invalid(text));
+            return;
+        }
+        state.passes = passes;
+    }
+
+    /// The wrapped optimizer.
+    pub fn inner(&self) -> &O {
+        &self.optimizer
+    }
+
+    /// The wrapped optimizer, for instance to set the learning rate or to load state. Leave its `step` and `zero_grad`
+    /// to this type.
+    pub fn inner_mut(&mut self) -> &mut O {
+        &mut self.optimizer
+    }
+
+    /// Sets the learning rate of all parameter groups.
+    pub fn set_lr(&mut self, lr: f64) {
+        self.optimizer.set_lr(lr);
+    }
+
+    /// The names of each bucket's parameters, in the order in which the buckets are filled.
+    pub fn buckets(&self) -> Vec<Vec<String>> {
+        let names = |bucket: &Bucket| bucket.members.iter().map(|member| member.name.clone()).collect();
+        self.shared.lock().buckets.iter().map(names).collect()
+    }
+
+    fn flats(&self) -> Vec<Tensor> {
+        self.shared.lock().buckets.iter().map(|bucket| bucket.flat.shallow_clone()).collect()
+    }
+}

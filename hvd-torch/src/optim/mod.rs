@@ -1,0 +1,51 @@
+//! Optimizers: our fused [`AdamW`], and a small trait for others.
+
+mod adamw;
+mod native;
+
+pub use adamw::{AdamW, ParamGroup};
+pub use native::TchOptimizer;
+
+use std::collections::HashSet;
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+
+/// What updates parameters from their gradients.
+///
+/// Tensors are shared, not copied: a shallow clone sees and makes the same changes.
+pub trait Optimizer {
+    /// The parameters in a fixed order, with unique names.
+    fn parameters(&self) -> Vec<(String, Tensor)>;
+
+    /// One update from the gradients. A parameter without a gradient stays as it is.
+    fn step(&mut self) -> Result<()>;
+
+    /// Zeroes the gradients.
+    fn zero_grad(&mut self) -> Result<()>;
+
+    /// Sets the learning rate of all parameter groups.
+    fn set_lr(&mut self, lr: f64);
+
+    /// What a resumed run needs besides the parameters, by name, in a fixed order.
+    ///
+    /// # Errors
+    /// If this optimizer keeps its state to itself.
+    fn state(&self) -> Result<Vec<(String, Tensor)>>;
+
+    /// Copies `state` into this optimizer.
+    ///
+    /// # Errors
+    /// If a tensor is missing, unknown or of another shape; then nothing was changed.
+    fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()>;
+}
+
+/// Refuses names that occur twice.
+pub(crate) fn check_unique(params: &[(String, Tensor)]) -> Result<()> {
+    let mut seen = HashSet::new();
+    match params.iter().find(|(name, _)| !seen.insert(name.as_str())) {
+        Some((name, _)) => Err(Error::invalid(format!("two parameters are named `{name}`; names must be unique"))),
+        None => Ok(()),
+    }
+}

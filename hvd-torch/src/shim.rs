@@ -1,0 +1,249 @@
+//! Safe faces of the C++ shim (`csrc/shim.cpp`), which reaches what tch does not expose.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::null_mut;
+
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use crate::error::{Error, Result};
+
+/// What autocast was before, on this thread.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct AutocastState {
+    enabled: c_int,
+    dtype: c_int,
+    cache: c_int,
+}
+
+type List = *const *mut C_tensor;
+
+unsafe extern "C" {
+    fn hvd_shim_error() -> *const c_char;
+    fn hvd_hook_set(
+        leaf: *mut C_tensor,
+        call: extern "C" fn(*mut c_void),
+        drop: extern "C" fn(*mut c_void),
+        context: *mut c_void,
+    ) -> c_int;
+    fn hvd_hook_remove(leaf: *mut C_tensor) -> c_int;
+    fn hvd_grad_data(leaf: *mut C_tensor, data: *mut *mut c_void) -> c_int;
+    fn hvd_grad_defined(leaf: *mut C_tensor, defined: *mut c_int) -> c_int;
+    fn hvd_grad_set(leaf: *mut C_tensor, grad: *mut C_tensor) -> c_int;
+    fn hvd_backward(roots: List, grads: List, count: usize, retain_graph: c_int) -> c_int;
+    fn hvd_autocast_enter(cuda: c_int, dtype: c_int, before: *mut AutocastState) -> c_int;
+    fn hvd_autocast_exit(cuda: c_int, before: *const AutocastState) -> c_int;
+    fn hvd_foreach_zero(tensors: List, count: usize) -> c_int;
+    fn hvd_foreach_mul(tensors: List, count: usize, factor: f64) -> c_int;
+    fn hvd_foreach_norm(tensors: List, count: usize, norms: *mut f64) -> c_int;
+    fn hvd_squared_norm(flat: *mut C_tensor, result: *mut f64) -> c_int;
+    fn hvd_fused_adamw(
+        params: List,
+        grads: List,
+        exp_avgs: List,
+        exp_avg_sqs: List,
+        steps: List,
+        count: usize,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+    ) -> c_int;
+    fn hvd_set_deterministic(on: c_int, warn_only: c_int) -> c_int;
+    fn hvd_dlopen(name: *const c_char) -> *const c_char;
+}
+
+/// The shim takes `at::Tensor *` and changes what the tensor refers to, never the reference itself, which is why a
+/// shared reference suffices, as it does for tch's own in-place operations on shallow clones.
+fn raw(tensor: &Tensor) -> *mut C_tensor {
+    tensor.as_ptr().cast_mut()
+}
+
+fn raw_list<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Vec<*mut C_tensor> {
+    tensors.into_iter().map(raw).collect()
+}
+
+fn check(status: c_int) -> Result<()> {
+    if status == 0 {
+        return Ok(());
+    }
+    // SAFETY: the shim gives a terminated string that lives until the next failure on this thread.
+    let message = unsafe { CStr::from_ptr(hvd_shim_error()) };
+    Err(Error::torch(&message.to_string_lossy()))
+}
+
+/// A closure that a hook calls; on the thread that runs backward (CPU) or on the device's engine thread (CUDA).
+pub(crate) type HookFn = Box<dyn Fn() + Send + Sync>;
+
+extern "C" fn call_hook(context: *mut c_void) {
+    // SAFETY: `hook_set` made the context from a boxed `HookFn`, which lives until `drop_hook`.
+    let hook = unsafe { &*context.cast::<HookFn>() };
+    // A panic must not unwind into C++. The process's panic hook has reported it; a hook that wants the caller of
+    // backward to hear of it catches panics itself.
+    let _ = catch_unwind(AssertUnwindSafe(hook));
+}
+
+extern "C" fn drop_hook(context: *mut c_void) {
+    // SAFETY: as in `call_hook`; the shim calls this once, last.
+    let hook = unsafe { Box::from_raw(context.cast::<HookFn>()) };
+    let _ = catch_unwind(AssertUnwindSafe(|| drop(hook)));
+}
+
+pub(crate) fn hook_set(leaf: &Tensor, hook: HookFn) -> Result<()> {
+    let context = Box::into_raw(Box::new(hook)).cast();
+    // SAFETY: the shim owns the context from here on, also when it fails, and gives it to these functions alone.
+    check(unsafe { hvd_hook_set(raw(leaf), call_hook, drop_hook, context) })
+}
+
+pub(crate) fn hook_remove(leaf: &Tensor) -> Result<()> {
+    // SAFETY: a live tensor.
+    check(unsafe { hvd_hook_remove(raw(leaf)) })
+}
+
+/// The address of the gradient's first element; null without a (dense) gradient.
+pub(crate) fn grad_data(leaf: &Tensor) -> Result<*mut c_void> {
+    let mut data = null_mut();
+    // SAFETY: a live tensor, a place to write to.
+    check(unsafe { hvd_grad_data(raw(leaf), &mut data) })?;
+    Ok(data)
+}
+
+pub(crate) fn grad_defined(leaf: &Tensor) -> Result<bool> {
+    let mut defined = 0;
+    // SAFETY: as above.
+    check(unsafe { hvd_grad_defined(raw(leaf), &mut defined) })?;
+    Ok(defined != 0)
+}
+
+pub(crate) fn grad_set(leaf: &Tensor, grad: Option<&Tensor>) -> Result<()> {
+    // SAFETY: live tensors; null means none.
+    check(unsafe { hvd_grad_set(raw(leaf), grad.map_or(null_mut(), raw)) })
+}
+
+pub(crate) fn backward(roots: &[&Tensor], grads: &[Option<&Tensor>], retain_graph: bool) -> Result<()> {
+    debug_assert_eq!(roots.len(), grads.len());
+    let roots = raw_list(roots.iter().copied());
+    let grads: Vec<_> = grads.iter().map(|grad| grad.map_or(null_mut(), raw)).collect();
+    // SAFETY: two lists of `count` live tensors.
+    check(unsafe { hvd_backward(roots.as_ptr(), grads.as_ptr(), roots.len(), retain_graph.into()) })
+}
+
+pub(crate) fn autocast_enter(cuda: bool, dtype: c_int) -> Result<AutocastState> {
+    let mut before = AutocastState::default();
+    // SAFETY: a place to write to.
+    check(unsafe { hvd_autocast_enter(cuda.into(), dtype, &mut before) })?;
+    Ok(before)
+}
+
+pub(crate) fn autocast_exit(cuda: bool, before: &AutocastState) -> Result<()> {
+    // SAFETY: a value that `autocast_enter` wrote.
+    check(unsafe { hvd_autocast_exit(cuda.into(), before) })
+}
+
+pub(crate) fn foreach_zero(tensors: &[Tensor]) -> Result<()> {
+    if tensors.is_empty() {
+        return Ok(()); // torch refuses an empty list
+    }
+    let list = raw_list(tensors);
+    // SAFETY: a list of `count` live tensors; so below.
+    check(unsafe { hvd_foreach_zero(list.as_ptr(), list.len()) })
+}
+
+pub(crate) fn foreach_mul(tensors: &[Tensor], factor: f64) -> Result<()> {
+    if tensors.is_empty() {
+        return Ok(()); // torch refuses an empty list
+    }
+    let list = raw_list(tensors);
+    // SAFETY: as above.
+    check(unsafe { hvd_foreach_mul(list.as_ptr(), list.len(), factor) })
+}
+
+pub(crate) fn foreach_norm(tensors: &[Tensor]) -> Result<Vec<f64>> {
+    if tensors.is_empty() {
+        return Ok(Vec::new());
+    }
+    let list = raw_list(tensors);
+    let mut norms = vec![0.0; list.len()];
+    // SAFETY: as above; one number for each.
+    check(unsafe { hvd_foreach_norm(list.as_ptr(), list.len(), norms.as_mut_ptr()) })?;
+    Ok(norms)
+}
+
+pub(crate) fn squared_norm(flat: &Tensor) -> Result<f64> {
+    let mut result = 0.0;
+    // SAFETY: a live tensor, a place to write to.
+    check(unsafe { hvd_squared_norm(raw(flat), &mut result) })?;
+    Ok(result)
+}
+
+/// The numbers of an AdamW update.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AdamWConstants {
+    pub lr: f64,
+    pub betas: (f64, f64),
+    pub weight_decay: f64,
+    pub eps: f64,
+}
+
+/// The tensors of an AdamW update, parameter by parameter. All of one dtype on one device, except for `steps` (f32).
+#[derive(Debug, Default)]
+pub(crate) struct AdamWLists {
+    params: Vec<*mut C_tensor>,
+    grads: Vec<*mut C_tensor>,
+    exp_avgs: Vec<*mut C_tensor>,
+    exp_avg_sqs: Vec<*mut C_tensor>,
+    steps: Vec<*mut C_tensor>,
+}
+
+impl AdamWLists {
+    pub(crate) fn push(&mut self, param: &Tensor, grad: &Tensor, state: [&Tensor; 3]) {
+        self.params.push(raw(param));
+        self.grads.push(raw(grad));
+        self.exp_avgs.push(raw(state[0]));
+        self.exp_avg_sqs.push(raw(state[1]));
+        self.steps.push(raw(state[2]));
+    }
+
+    /// Updates the parameters.
+    ///
+    /// # Safety
+    /// The tensors that were pushed must still be alive.
+    pub(crate) unsafe fn update(&self, k: &AdamWConstants) -> Result<()> {
+        // SAFETY: five lists of equal length; the tensors live.
+        check(unsafe {
+            hvd_fused_adamw(
+                self.params.as_ptr(),
+                self.grads.as_ptr(),
+                self.exp_avgs.as_ptr(),
+                self.exp_avg_sqs.as_ptr(),
+                self.steps.as_ptr(),
+                self.params.len(),
+                k.lr,
+                k.betas.0,
+                k.betas.1,
+                k.weight_decay,
+                k.eps,
+            )
+        })
+    }
+}
+
+pub(crate) fn set_deterministic(on: bool, warn_only: bool) -> Result<()> {
+    // SAFETY: plain numbers.
+    check(unsafe { hvd_set_deterministic(on.into(), warn_only.into()) })
+}
+
+/// Loads a library for the whole process; the error is the system's reason.
+pub(crate) fn dlopen(name: &str) -> std::result::Result<(), String> {
+    let name = CString::new(name).map_err(|error| error.to_string())?;
+    // SAFETY: a terminated string in; null or a terminated string out. The library's initialisers run: it is libtorch's.
+    let reason = unsafe { hvd_dlopen(name.as_ptr()) };
+    if reason.is_null() {
+        return Ok(());
+    }
+    // SAFETY: not null, see above.
+    Err(unsafe { CStr::from_ptr(reason) }.to_string_lossy().into_owned())
+}

@@ -1,0 +1,87 @@
+//! What a model is made of.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// The shape of a [`TransformerLM`](super::TransformerLM) and how it is trained. The default is GPT-2's 124M.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Number of different tokens: rows of the embedding, columns of the logits.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Attention heads of a layer; divides `d_model`.
+    pub n_heads: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Width inside a block's feed-forward part.
+    pub d_ff: usize,
+    /// Longest sequence that the model can see, in tokens.
+    pub max_seq_len: usize,
+    /// Probability that an activation is zeroed in training, in `[0, 1)`.
+    pub dropout: f64,
+    /// Fills the rows of a batch that `generate` ended early; without it the end token does. May lie outside the
+    /// vocabulary: the model never sees it.
+    pub pad_token_id: Option<i64>,
+    /// Recompute activations in backward instead of keeping them. Not supported yet: [`ModelConfig::validate`] refuses it.
+    pub gradient_checkpointing: bool,
+}
+
+impl Default for ModelConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 50257,
+            d_model: 768,
+            n_heads: 12,
+            n_layers: 12,
+            d_ff: 3072,
+            max_seq_len: 512,
+            dropout: 0.1,
+            pad_token_id: Some(50256),
+            gradient_checkpointing: false,
+        }
+    }
+}
+
+impl ModelConfig {
+    /// Refuses what no model can be built from; the error names the field.
+    pub fn validate(&self) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("d_model", self.d_model),
+            ("n_heads", self.n_heads),
+            ("n_layers", self.n_layers),
+            ("d_ff", self.d_ff),
+            ("max_seq_len", self.max_seq_len),
+        ];
+        for (name, value) in sizes {
+            if value == 0 || value > i32::MAX as usize {
+                return Err(Error::Config(format!("model.{name} = {value}: expected 1 to {}", i32::MAX)));
+            }
+        }
+        if !self.d_model.is_multiple_of(self.n_heads) {
+            let (width, heads) = (self.d_model, self.n_heads);
+            return Err(Error::Config(format!("model.n_heads = {heads} does not divide model.d_model = {width}")));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(Error::Config(format!("model.dropout = {}: expected 0 or more and less than 1", self.dropout)));
+        }
+        if self.gradient_checkpointing {
+            let text = "model.gradient_checkpointing = true is not supported yet; set it to false and, \
+                        if memory is short, lower the batch per rank and accumulate more";
+            return Err(Error::Config(text.into()));
+        }
+        Ok(())
+    }
+
+    /// Number of trainable numbers; the head shares the embedding's.
+    pub fn parameter_count(&self) -> usize {
+        let (d, ff) = (self.d_model, self.d_ff);
+        let attention = (d * 3 * d + 3 * d) + (d * d + d);
+        let feed_forward = (d * ff + ff) + (ff * d + d);
+        let norm = 2 * d;
+        (self.vocab_size + self.max_seq_len) * d + self.n_layers * (attention + feed_forward + 2 * norm) + norm
+    }
+}

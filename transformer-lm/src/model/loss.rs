@@ -1,0 +1,81 @@
+//! The loss: cross-entropy in nats, always in f32 or wider.
+
+use tch::{Kind, Reduction, Tensor};
+
+use super::{TransformerLM, token_shape};
+use crate::{Error, Result};
+
+/// A label that is left out of the loss.
+pub const IGNORE_INDEX: i64 = -100;
+
+/// What a batch adds to a mean over many batches and ranks.
+#[derive(Debug)]
+pub struct LossSums {
+    /// Sum of the valid tokens' losses in nats, a scalar of f32 (of f64 where the model is); call `backward` on it
+    /// divided by the number of tokens of the whole step.
+    pub loss: Tensor,
+    /// How many tokens are valid.
+    pub tokens: i64,
+    /// How many of them the model finds likeliest, an int64 scalar on the model's device; counted on request.
+    pub correct: Option<Tensor>,
+}
+
+impl TransformerLM {
+    /// The loss of a loader's batch (B, T+1): tokens `0..T` are the input, tokens `1..T+1` what it is to predict.
+    /// All of them count. `accuracy` asks for [`LossSums::correct`] too, which costs a pass over the logits.
+    ///
+    /// # Errors
+    /// As [`TransformerLM::loss_sum`].
+    pub fn batch_loss(&self, batch: &Tensor, train: bool, accuracy: bool) -> Result<LossSums> {
+        let t = token_shape(batch)?.1 - 1;
+        if t == 0 {
+            return Err(Error::Config("a batch of single tokens leaves nothing to predict".into()));
+        }
+        self.loss_sum(&batch.narrow(1, 0, t), &batch.narrow(1, 1, t), None, train, accuracy)
+    }
+
+    /// The summed loss of `input_ids` (B, T) against `targets` (B, T), which are *not* shifted inside: `targets[b, t]`
+    /// follows `input_ids[b, t]`. A target of −100 is left out.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, ids or targets outside the vocabulary.
+    pub fn loss_sum(
+        &self,
+        input_ids: &Tensor,
+        targets: &Tensor,
+        attention_mask: Option<&Tensor>,
+        train: bool,
+        accuracy: bool,
+    ) -> Result<LossSums> {
+        if input_ids.size() != targets.size() {
+            let (ids, targets) = (input_ids.size(), targets.size());
+            return Err(Error::Config(format!("targets of {targets:?} for token ids of {ids:?}; expected the same")));
+        }
+        let logits = self.logits(&self.hidden(input_ids, attention_mask, train)?); // (B, T, vocabulary)
+        self.sums(&logits, targets, accuracy)
+    }
+
+    /// The mean loss of logits (B, T, vocabulary) against labels (B, T) that are shifted here; 0 if none is valid.
+    pub(super) fn shifted_loss(&self, logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+        let (b, t) = token_shape(labels)?;
+        if logits.size()[..2] != [b, t] {
+            let given = &logits.size()[..2];
+            return Err(Error::Config(format!("labels of [{b}, {t}] for token ids of {given:?}; expected the same")));
+        }
+        let sums = self.sums(&logits.narrow(1, 0, t - 1), &labels.narrow(1, 1, t - 1), false)?;
+        Ok(sums.loss / sums.tokens.max(1) as f64)
+    }
+
+    /// Logits (B, T, vocabulary) against targets (B, T).
+    fn sums(&self, logits: &Tensor, targets: &Tensor, accuracy: bool) -> Result<LossSums> {
+        let logits = logits.reshape([-1, self.config().vocab_size as i64]); // (B·T, vocabulary)
+        let logits = if logits.kind() == Kind::Double { logits } else { logits.to_kind(Kind::Float) };
+        let targets = targets.reshape([-1]); // (B·T)
+        let loss = logits
+            .f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, IGNORE_INDEX, 0.0)
+            .map_err(|_| self.bad_ids(&targets))?;
+        let tokens = targets.ne(IGNORE_INDEX).sum(Kind::Int64).int64_value(&[]);
+        let correct = accuracy.then(|| tch::no_grad(|| logits.argmax(1, false).eq_tensor(&targets).sum(Kind::Int64)));
+        Ok(LossSums { loss, tokens, correct })
+    }
+}

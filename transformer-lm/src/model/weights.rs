@@ -1,0 +1,45 @@
+//! Weights from a file into a model, checked before the first is copied.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use tch::Tensor;
+
+use super::TransformerLM;
+use crate::{Error, Result};
+
+/// Reads a safetensors file.
+///
+/// # Errors
+/// A missing, damaged or truncated file.
+pub fn read_weights(path: &Path) -> Result<Vec<(String, Tensor)>> {
+    std::fs::metadata(path).map_err(Error::io("read", path))?;
+    Tensor::read_safetensors(path).map_err(|error| {
+        let reason = error.to_string();
+        let reason = reason.lines().next().unwrap_or_default();
+        Error::data(path, format!("not a whole safetensors file ({reason})"))
+    })
+}
+
+/// Copies `weights` into the model's parameters, converting their element type. `source` is named in errors.
+///
+/// # Errors
+/// A parameter that is missing, unknown or of another shape; the model is then unchanged.
+pub fn copy_weights(model: &TransformerLM, weights: Vec<(String, Tensor)>, source: &Path) -> Result<()> {
+    let mut weights: HashMap<String, Tensor> = weights.into_iter().collect();
+    let mut pairs = Vec::new();
+    for (name, parameter) in model.parameters() {
+        let weight = weights.remove(&name).ok_or_else(|| Error::data(source, format!("`{name}` is missing")))?;
+        if weight.size() != parameter.size() {
+            let (found, expected) = (weight.size(), parameter.size());
+            let text = format!("`{name}` has shape {found:?}, the configuration's model has {expected:?}");
+            return Err(Error::data(source, text));
+        }
+        pairs.push((parameter, weight));
+    }
+    if let Some(name) = weights.keys().min() {
+        return Err(Error::data(source, format!("`{name}` is no parameter of the configuration's model")));
+    }
+    tch::no_grad(|| pairs.iter_mut().try_for_each(|(parameter, weight)| parameter.f_copy_(weight)))?;
+    Ok(())
+}
