@@ -110,11 +110,10 @@ examples() {
 
 # A package outside the workspace, as a user of the library has one.
 outside_package() {
-    local package=examples/own-trainer
-    [ -f $package/Cargo.toml ] || return 0
-    step "The package outside the workspace: $package"
-    cargo build --locked --manifest-path $package/Cargo.toml --target-dir "$TARGET"
+    step "The package outside the workspace: ${OUTSIDE#"$ROOT/"}"
+    outside_cargo build
     done_ "built"
+    check "own-trainer alone" "$TARGET/debug/own-trainer"
     check "own-trainer, mpirun -np 2" mpirun -np 2 "$TARGET/debug/own-trainer"
 }
 
