@@ -1,0 +1,93 @@
+//! From environment variables to a world.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use super::{Backend, Inner, World};
+use crate::config::Config;
+use crate::engine::{Core, Engine, Observers};
+use crate::error::{Error, Result};
+use crate::shm::ShmGroup;
+use crate::topology::{Launch, Topology};
+use crate::transport::Transport;
+use crate::transport::tcp::{Identity, Meeting, Secret, TcpOptions, TcpTransport};
+use crate::transport::thread::ThreadTransport;
+
+/// Worlds that this process has been in: ranks of different generations never talk to each other.
+static GENERATION: AtomicU64 = AtomicU64::new(0);
+
+/// Meets the other ranks.
+pub(super) fn world(config: Config) -> Result<World> {
+    let launch = Launch::from_env()?;
+    let topology = launch.topology.clone();
+    if topology.size == 1 {
+        return Ok(wrap(topology, Backend::Solo, Arc::default(), None));
+    }
+    let generation = GENERATION.fetch_add(1, Ordering::Relaxed);
+    let identity = Identity { rank: topology.rank, size: topology.size, generation };
+    let mut transport = transport(&config, &launch, identity)?;
+    let shared = match config.shared_memory && topology.is_single_host() {
+        true => ShmGroup::form(&mut *transport, config.shm_slot_bytes, Instant::now() + config.start_timeout)?,
+        false => None,
+    };
+    start(transport, shared, topology, &config)
+}
+
+/// One rank of a world of threads.
+pub(super) fn thread_rank(transport: ThreadTransport, config: &Config) -> Result<World> {
+    let (rank, size) = (transport.rank(), transport.size());
+    let topology = Topology { rank, size, local_rank: rank, local_size: size, cross_rank: 0, cross_size: 1 };
+    if size == 1 {
+        return Ok(wrap(topology, Backend::Solo, Arc::default(), None));
+    }
+    start(Box::new(transport), None, topology, config)
+}
+
+fn start(
+    transport: Box<dyn Transport>,
+    shared: Option<Arc<ShmGroup>>,
+    topology: Topology,
+    config: &Config,
+) -> Result<World> {
+    let backend = match (&shared, transport.name()) {
+        (Some(_), _) => Backend::Shm,
+        (None, "mpi") => Backend::Mpi,
+        (None, "thread") => Backend::Thread,
+        (None, _) => Backend::Tcp,
+    };
+    let (waiter, observers) = (transport.waiter(), Arc::<Observers>::default());
+    let core = Core::new(transport, shared, config, observers.clone());
+    let engine = Engine::start(core, waiter, config.spin)?;
+    tracing::debug!(rank = topology.rank, size = topology.size, %backend, "joined the world");
+    Ok(wrap(topology, backend, observers, Some(engine)))
+}
+
+fn wrap(topology: Topology, backend: Backend, observers: Arc<Observers>, engine: Option<Engine>) -> World {
+    World(Arc::new(Inner { topology, backend, observers, engine, unnamed: Default::default() }))
+}
+
+/// The transport that the settings ask for, or else the first that can introduce the ranks to each other.
+fn transport(config: &Config, launch: &Launch, identity: Identity) -> Result<Box<dyn Transport>> {
+    let options = TcpOptions { bind: config.bind, start_timeout: config.start_timeout, ..TcpOptions::default() };
+    let meeting = meeting(config, launch)?;
+    match meeting {
+        Some(meeting) => Ok(Box::new(TcpTransport::connect(identity, &meeting, &options)?)),
+        None => Err(Error::Config(
+            "the ranks are on several hosts and nothing says where they meet; give all of them HVD_RENDEZVOUS=host:port \
+             (an address of rank 0's host), the same HVD_SECRET, and HVD_BIND=0.0.0.0 (or the address of one network)"
+                .into(),
+        )),
+    }
+}
+
+/// Where the ranks meet over sockets: at the address in the settings, or on their one host.
+fn meeting(config: &Config, launch: &Launch) -> Result<Option<Meeting>> {
+    match (&config.rendezvous, &config.secret) {
+        (Some(address), Some(secret)) => {
+            Ok(Some(Meeting::Tcp { address: address.clone(), secret: Secret::new(secret.as_str())? }))
+        }
+        _ if launch.topology.is_single_host() => Ok(Some(Meeting::Unix { job: launch.job.clone() })),
+        _ => Ok(None),
+    }
+}
