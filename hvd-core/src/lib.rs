@@ -19,9 +19,20 @@ pub mod transport;
 pub mod collective;
 pub mod shm;
 
+pub mod engine;
+
+pub mod world;
+
 pub use dtype::{DType, Element};
+pub use engine::Handle;
+pub use engine::observe::{Observer, Phase};
+pub use engine::submission::{Allreduce, Completion, OpKind, Output, Submission};
 pub use error::{Error, Result};
 pub use memory::Memory;
 pub use reduce::ReduceOp;
 pub use topology::Topology;
 pub use wire::Compression;
+pub use world::{
+    Backend, VecHandle, World, cross_rank, cross_size, init, init_with, is_initialised, local_rank, local_size, rank,
+    shutdown, size, world,
+};

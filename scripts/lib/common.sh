@@ -4,6 +4,9 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck disable=SC2034 # read by the scripts that source this file
 CACHE=$ROOT/.cache
+# Where cargo builds.
+# shellcheck disable=SC2034
+TARGET=${CARGO_TARGET_DIR:-$ROOT/target}
 
 # What the scripts stop with; README.md lists them too.
 # shellcheck disable=SC2034

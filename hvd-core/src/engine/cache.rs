@@ -1,0 +1,138 @@
+//! Agreements of the past, so that a repeated tensor is negotiated with one bit.
+
+use std::collections::HashMap;
+
+use super::message::Signature;
+
+/// A tensor on which all ranks agreed.
+#[derive(Clone, Debug)]
+pub struct Agreement {
+    /// The tensor's name.
+    pub name: String,
+    /// What all ranks sent.
+    pub signature: Signature,
+    /// Of an allgather, each rank's first dimension; else empty.
+    pub first_dims: Vec<u64>,
+}
+
+struct Slot {
+    agreement: Agreement,
+    last_used: u64,
+}
+
+/// A least-recently-used cache of [`Agreement`]s.
+///
+/// All ranks make the same calls in the same order, so that a slot's number means the same tensor on all of them.
+pub struct ResponseCache {
+    slots: Vec<Option<Slot>>,
+    by_name: HashMap<String, usize>,
+    capacity: usize,
+    clock: u64,
+}
+
+impl ResponseCache {
+    /// An empty cache for up to `capacity` tensors.
+    pub fn new(capacity: usize) -> Self {
+        ResponseCache { slots: Vec::new(), by_name: HashMap::new(), capacity, clock: 0 }
+    }
+
+    /// The slot of a tensor of which this rank submits exactly what was agreed on.
+    pub fn find(&self, name: &str, signature: &Signature, rank: usize, first_dim: Option<u64>) -> Option<usize> {
+        let slot = *self.by_name.get(name)?;
+        let agreement = self.get(slot)?;
+        let same = agreement.signature == *signature && agreement.first_dims.get(rank).copied() == first_dim;
+        same.then_some(slot)
+    }
+
+    /// What was agreed on in a slot.
+    pub fn get(&self, slot: usize) -> Option<&Agreement> {
+        self.slots.get(slot)?.as_ref().map(|slot| &slot.agreement)
+    }
+
+    /// Notes that a slot was used.
+    pub fn touch(&mut self, slot: usize) {
+        self.clock += 1;
+        if let Some(Some(slot)) = self.slots.get_mut(slot) {
+            slot.last_used = self.clock;
+        }
+    }
+
+    /// Remembers an agreement. Gives the slot that had to go for it.
+    pub fn insert(&mut self, agreement: Agreement) -> Option<usize> {
+        if self.capacity == 0 {
+            return None;
+        }
+        let (slot, evicted) = self.free_slot();
+        self.clock += 1;
+        self.by_name.insert(agreement.name.clone(), slot);
+        self.slots[slot] = Some(Slot { agreement, last_used: self.clock });
+        evicted
+    }
+
+    /// Forgets a name. Gives the slot it had.
+    pub fn remove(&mut self, name: &str) -> Option<usize> {
+        let slot = self.by_name.remove(name)?;
+        self.slots[slot] = None;
+        Some(slot)
+    }
+
+    fn free_slot(&mut self) -> (usize, Option<usize>) {
+        if let Some(free) = self.slots.iter().position(Option::is_none) {
+            return (free, None);
+        }
+        if self.slots.len() < self.capacity {
+            self.slots.push(None);
+            return (self.slots.len() - 1, None);
+        }
+        let age = |slot: &Option<Slot>| slot.as_ref().map_or(0, |slot| slot.last_used);
+        let oldest = (0..self.slots.len()).min_by_key(|&slot| age(&self.slots[slot])).unwrap_or(0);
+        if let Some(slot) = self.slots[oldest].take() {
+            self.by_name.remove(&slot.agreement.name);
+        }
+        (oldest, Some(oldest))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::DType;
+    use crate::engine::message::SignatureKind;
+
+    fn agreement(name: &str) -> Agreement {
+        let signature = Signature { kind: SignatureKind::Allgather, dtype: DType::F32, shape: vec![2] };
+        Agreement { name: name.into(), signature, first_dims: vec![4, 5] }
+    }
+
+    #[test]
+    fn a_hit_needs_the_same_name_signature_and_first_dimension() {
+        let mut cache = ResponseCache::new(4);
+        let a = agreement("a");
+        assert_eq!(cache.insert(a.clone()), None);
+        assert_eq!(cache.find("a", &a.signature, 0, Some(4)), Some(0));
+        assert_eq!(cache.find("a", &a.signature, 1, Some(4)), None);
+        assert_eq!(cache.find("b", &a.signature, 0, Some(4)), None);
+        let other = Signature { dtype: DType::F64, ..a.signature };
+        assert_eq!(cache.find("a", &other, 0, Some(4)), None);
+    }
+
+    #[test]
+    fn the_least_recently_used_goes_first() {
+        let mut cache = ResponseCache::new(2);
+        cache.insert(agreement("a"));
+        cache.insert(agreement("b"));
+        cache.touch(0);
+        assert_eq!(cache.insert(agreement("c")), Some(1));
+        assert_eq!(cache.get(1).map(|agreement| agreement.name.as_str()), Some("c"));
+        assert_eq!(cache.remove("a"), Some(0));
+        assert_eq!(cache.insert(agreement("d")), None);
+        assert_eq!(cache.insert(agreement("e")), Some(1));
+    }
+
+    #[test]
+    fn no_capacity_means_no_cache() {
+        let mut cache = ResponseCache::new(0);
+        assert_eq!(cache.insert(agreement("a")), None);
+        assert!(cache.get(0).is_none());
+    }
+}

@@ -1,0 +1,323 @@
+//! Who drives the engine: the background thread when nobody waits, else the waiting thread itself.
+//!
+//! A thread that waits for a handle drives the engine for a short while, so that a lone small operation needs no thread
+//! switch; after that it sleeps until its operation completes. Only the background thread ever sleeps on the transport. While
+//! others drive, it stays out of their way.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::submission::{Completion, Outcome, Promise, Submission};
+use super::{Core, Item};
+use crate::error::{Error, Result};
+use crate::transport::Waiter;
+
+/// The engine of one rank. Dropping it before [`Engine::shutdown`] fails the world.
+pub struct Engine {
+    shared: Arc<Shared>,
+    background: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the threads of one rank share.
+struct Shared {
+    core: Mutex<Core>,
+    /// Submissions that the core has not seen: nobody waits for the core's lock to submit.
+    inbox: Mutex<Inbox>,
+    waiter: Arc<dyn Waiter>,
+    drivers: Drivers,
+    spin: Duration,
+    /// Whether it is the background thread that holds the core's lock: it gives way to a thread that waits.
+    background_drives: AtomicBool,
+    /// Set once the core has ended, whether in peace or not.
+    over: AtomicBool,
+}
+
+#[derive(Default)]
+struct Inbox {
+    items: Vec<Item>,
+    close: bool,
+    /// Why nothing more is accepted.
+    ended: Option<Error>,
+}
+
+/// Counts the waiting threads that drive or are about to; the background thread keeps out as long as there are any.
+#[derive(Default)]
+struct Drivers {
+    count: Mutex<usize>,
+    any: AtomicBool,
+    none: Condvar,
+}
+
+/// One waiting thread's turn at driving.
+struct Turn<'a>(&'a Drivers);
+
+impl Drivers {
+    fn enter(&self) -> Turn<'_> {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.any.store(true, Ordering::SeqCst);
+        Turn(self)
+    }
+
+    fn any(&self) -> bool {
+        self.any.load(Ordering::Relaxed)
+    }
+
+    fn wait_for_none(&self) {
+        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.none.wait_while(count, |count| *count > 0));
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut count = self.0.count.lock().unwrap_or_else(PoisonError::into_inner);
+        *count -= 1;
+        if *count == 0 {
+            self.0.any.store(false, Ordering::SeqCst);
+            self.0.none.notify_all();
+        }
+    }
+}
+
+/// An operation under way. Dropping it does not cancel the operation.
+pub struct Handle {
+    outcome: Arc<Outcome>,
+    /// `None` for an operation that was done at once.
+    shared: Option<Arc<Shared>>,
+}
+
+impl Handle {
+    /// An operation that is done.
+    pub(crate) fn done(result: Result<Completion>) -> Self {
+        let outcome = Outcome::new();
+        outcome.set(result);
+        Handle { outcome, shared: None }
+    }
+
+    /// Whether the operation is done. Never blocks.
+    pub fn poll(&self) -> bool {
+        self.outcome.is_done()
+    }
+
+    /// Waits until the operation is done.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] where the ranks disagree on the tensor, [`Error::PeerLost`] where one of them is gone,
+    /// [`Error::ShutDown`] where the world ended first.
+    pub fn wait(self) -> Result<Completion> {
+        if let (false, Some(shared)) = (self.poll(), &self.shared) {
+            shared.wait(&self.outcome);
+        }
+        self.outcome.take()
+    }
+}
+
+impl Engine {
+    /// Starts the background thread.
+    pub(crate) fn start(core: Core, waiter: Arc<dyn Waiter>, spin: Duration) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            core: Mutex::new(core),
+            inbox: Mutex::default(),
+            waiter,
+            drivers: Drivers::default(),
+            spin,
+            background_drives: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+        });
+        let for_thread = shared.clone();
+        let background = std::thread::Builder::new()
+            .name("hvd-engine".into())
+            .spawn(move || for_thread.serve())
+            .map_err(|error| Error::io("cannot start the engine's thread", error))?;
+        Ok(Engine { shared, background: Mutex::new(Some(background)) })
+    }
+
+    /// Hands a submission in. With `flush`, somebody acts on it even if nobody waits for it.
+    pub(crate) fn submit(&self, submission: Submission, flush: bool) -> Result<Handle> {
+        let (promise, outcome) = Promise::new();
+        let item = Item { submission, promise };
+        let mut inbox = self.shared.lock_inbox();
+        if let Some(error) = &inbox.ended {
+            return Err(error.clone());
+        }
+        inbox.items.push(item);
+        drop(inbox);
+        if flush {
+            self.shared.waiter.wake();
+        }
+        Ok(Handle { outcome, shared: Some(self.shared.clone()) })
+    }
+
+    /// Waits until all ranks want to shut down and all have said goodbye.
+    pub(crate) fn shutdown(&self) -> Result<()> {
+        self.shared.lock_inbox().close = true;
+        self.shared.waiter.wake();
+        self.join();
+        match self.shared.lock_core().ended() {
+            Some(Error::ShutDown(_)) | None => Ok(()),
+            Some(error) => Err(error),
+        }
+    }
+
+    /// Fails the world and tells the peers why.
+    pub(crate) fn abort(&self, error: Error) {
+        // A thread that panics inside the engine holds the lock and will not give it back.
+        let deadline = Instant::now() + Duration::from_secs(2);
+        loop {
+            match self.shared.core.try_lock() {
+                Ok(mut core) => return self.shared.fail(&mut core, error),
+                Err(TryLockError::Poisoned(core)) => return self.shared.fail(&mut core.into_inner(), error),
+                Err(TryLockError::WouldBlock) if Instant::now() > deadline => return,
+                Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+            }
+        }
+    }
+
+    fn join(&self) {
+        let thread = self.background.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
+            && thread.thread().id() != std::thread::current().id()
+        {
+            // Its panics have been turned into a failure of the world.
+            drop(thread.join());
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if !self.shared.over.load(Ordering::Acquire) {
+            let cause = if std::thread::panicking() { "it panicked" } else { "it ended without shutting down" };
+            self.abort(Error::ShutDown(cause.into()));
+        }
+        self.shared.waiter.wake();
+        self.join();
+    }
+}
+
+impl Shared {
+    fn lock_core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The life of the background thread.
+    fn serve(&self) {
+        loop {
+            self.drivers.wait_for_none();
+            let mut core = self.lock_core();
+            self.background_drives.store(true, Ordering::SeqCst);
+            core.awake();
+            self.drive(&mut core, || self.drivers.any());
+            self.background_drives.store(false, Ordering::SeqCst);
+            if core.is_over() {
+                return;
+            }
+            let may_sleep = core.prepare_sleep();
+            drop(core);
+            if may_sleep {
+                self.waiter.wait(None);
+            }
+        }
+    }
+
+    /// The core, if it is free or the background thread, which gives way, has it.
+    fn lock_to_drive(&self) -> Option<MutexGuard<'_, Core>> {
+        match self.core.try_lock() {
+            Ok(core) => Some(core),
+            Err(TryLockError::Poisoned(core)) => Some(core.into_inner()),
+            Err(TryLockError::WouldBlock) => self.background_drives.load(Ordering::SeqCst).then(|| self.lock_core()),
+        }
+    }
+
+    /// Drives until `outcome` is there, for a short while; then leaves it to the background thread and sleeps.
+    fn wait(&self, outcome: &Outcome) {
+        let turn = self.drivers.enter();
+        match self.lock_to_drive() {
+            Some(mut core) => {
+                core.awake();
+                self.drive(&mut core, || outcome.is_done());
+                if !core.prepare_sleep() || core.is_busy() {
+                    self.waiter.wake();
+                }
+            }
+            // Another thread that waits is driving, and may be past looking into the inbox.
+            None => self.waiter.wake(),
+        }
+        drop(turn);
+        outcome.block();
+    }
+
+    /// Steps until `done`, until the engine is over, or until nothing has moved for the time of a spin.
+    fn drive(&self, core: &mut Core, done: impl Fn() -> bool) {
+        let mut still_since = None;
+        while !done() && !core.is_over() {
+            if self.step(core) {
+                still_since = None;
+                continue;
+            }
+            let since = *still_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= self.spin {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    fn step(&self, core: &mut Core) -> bool {
+        let Inbox { items, close, .. } = self.take_inbox();
+        let moved = !items.is_empty();
+        let stepped = catch_unwind(AssertUnwindSafe(|| {
+            items.into_iter().for_each(|item| core.accept(item));
+            if close {
+                core.close();
+            }
+            core.step()
+        }));
+        if stepped.is_err() {
+            self.fail(core, Error::ShutDown("the engine panicked; see the message above".into()));
+        }
+        if let Some(error) = core.ended() {
+            self.end_inbox(core, error);
+        }
+        stepped.unwrap_or(true) || moved
+    }
+
+    fn take_inbox(&self) -> Inbox {
+        let mut inbox = self.lock_inbox();
+        let items = std::mem::take(&mut inbox.items);
+        Inbox { items, close: std::mem::take(&mut inbox.close), ended: None }
+    }
+
+    fn fail(&self, core: &mut Core, error: Error) {
+        core.fail(error);
+        if let Some(error) = core.ended() {
+            self.end_inbox(core, error);
+        }
+        self.waiter.wake();
+    }
+
+    /// Refuses what comes from now on and what came in between.
+    fn end_inbox(&self, core: &Core, error: Error) {
+        let mut inbox = self.lock_inbox();
+        inbox.ended.get_or_insert_with(|| error.clone());
+        let late = std::mem::take(&mut inbox.items);
+        drop(inbox);
+        late.into_iter().for_each(|item| item.complete(Err(error.clone())));
+        if core.is_over() {
+            self.over.store(true, Ordering::Release);
+        }
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Engine")
+    }
+}

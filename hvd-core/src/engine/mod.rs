@@ -1,0 +1,318 @@
+//! Negotiates, fuses and executes what is submitted, in the background or on the thread that waits.
+//!
+//! The engine is a state machine ([`Core`]) behind a lock. Whoever holds the lock drives it; nothing moves by a clock.
+
+mod cache;
+mod drive;
+mod exchange;
+mod execute;
+mod fusion;
+mod message;
+mod negotiation;
+pub mod observe;
+mod staging;
+pub mod submission;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use self::cache::Agreement;
+use self::execute::Execution;
+use self::fusion::{Batch, Route, plan};
+use self::message::{Signature, SignatureKind};
+use self::negotiation::{Negotiation, Verdict};
+use self::observe::{Observer, Phase};
+use self::submission::{OpKind, Promise, Submission};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::memory::Memory;
+use crate::shm::ShmGroup;
+use crate::transport::{Tag, Transport};
+
+pub use drive::{Engine, Handle};
+
+/// Operations over the transport that may be under way at once.
+const MAX_RUNNING: usize = 4;
+
+/// A submission and whoever waits for it.
+pub(crate) struct Item {
+    submission: Submission,
+    promise: Promise,
+}
+
+/// Who watches this rank's tensors.
+#[derive(Default)]
+pub(crate) struct Observers(RwLock<Option<Arc<dyn Observer>>>);
+
+impl Observers {
+    pub(crate) fn set(&self, observer: Option<Arc<dyn Observer>>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = observer;
+    }
+
+    pub(crate) fn tell(&self, tensor: &str, phase: Phase) {
+        if let Some(observer) = &*self.0.read().unwrap_or_else(PoisonError::into_inner) {
+            observer.event(tensor, phase);
+        }
+    }
+
+    fn tell_all(&self, items: &[Item], phase: Phase) {
+        items.iter().for_each(|item| self.tell(&item.submission.name, phase));
+    }
+}
+
+/// What carries out collectives for one world, and the numbers it needs.
+pub(crate) struct Backend {
+    rank: usize,
+    size: usize,
+    /// The memory that all ranks share, if they are on one host.
+    shared: Option<Arc<ShmGroup>>,
+    segment_bytes: usize,
+    doubling_limit_bytes: usize,
+    /// Numbers the operations, so that their messages do not meet.
+    sequence: u32,
+    /// A buffer of a batch that is done, for the next.
+    spare: Option<Memory>,
+}
+
+impl Backend {
+    fn new(transport: &dyn Transport, shared: Option<Arc<ShmGroup>>, config: &Config) -> Self {
+        Backend {
+            rank: transport.rank(),
+            size: transport.size(),
+            shared,
+            segment_bytes: config.segment_bytes,
+            doubling_limit_bytes: config.doubling_limit_bytes,
+            sequence: 0,
+            spare: None,
+        }
+    }
+
+    fn route(&self, bytes: usize) -> Route {
+        if self.shared.is_some() {
+            Route::Shared
+        } else if bytes <= self.doubling_limit_bytes {
+            Route::Doubling
+        } else {
+            Route::Ring
+        }
+    }
+
+    fn next_tag(&mut self) -> Tag {
+        self.sequence = self.sequence.wrapping_add(1);
+        Tag { channel: 0, sequence: self.sequence }
+    }
+
+    fn take_buffer(&mut self) -> Option<Memory> {
+        self.spare.take()
+    }
+}
+
+/// All that one rank's engine knows.
+pub(crate) struct Core {
+    transport: Box<dyn Transport>,
+    negotiation: Negotiation,
+    backend: Backend,
+    fusion_threshold_bytes: usize,
+    observers: Arc<Observers>,
+    /// Submitted on this rank and not yet agreed on, by name.
+    waiting: HashMap<String, Item>,
+    /// Agreed on; each with the first dimensions of an allgather.
+    ready: VecDeque<(Batch, Vec<usize>)>,
+    running: Vec<Execution>,
+    state: State,
+}
+
+/// The life of an engine.
+#[derive(Clone, Debug)]
+pub(crate) enum State {
+    /// Serving.
+    Open,
+    /// All ranks want to shut down; the transport says goodbye.
+    Closing,
+    /// Shut down in agreement.
+    Closed,
+    /// Lost.
+    Failed(Error),
+}
+
+impl Core {
+    pub(crate) fn new(
+        transport: Box<dyn Transport>,
+        shared: Option<Arc<ShmGroup>>,
+        config: &Config,
+        observers: Arc<Observers>,
+    ) -> Self {
+        Core {
+            negotiation: Negotiation::new(transport.rank(), transport.size(), config.cache_capacity),
+            backend: Backend::new(&*transport, shared, config),
+            fusion_threshold_bytes: config.fusion_threshold_bytes,
+            transport,
+            observers,
+            waiting: HashMap::new(),
+            ready: VecDeque::new(),
+            running: Vec::new(),
+            state: State::Open,
+        }
+    }
+
+    /// Why nothing more can be submitted, if that is so.
+    pub(crate) fn ended(&self) -> Option<Error> {
+        match &self.state {
+            State::Open => None,
+            State::Closing | State::Closed => Some(Error::ShutDown("every rank asked for it".into())),
+            State::Failed(error) => Some(error.clone()),
+        }
+    }
+
+    /// Whether the engine will never do anything again.
+    pub(crate) fn is_over(&self) -> bool {
+        matches!(self.state, State::Closed | State::Failed(_))
+    }
+
+    /// Whether anything of this rank's is under way.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.waiting.is_empty() || !self.ready.is_empty() || !self.running.is_empty()
+    }
+
+    /// Takes a submission in.
+    pub(crate) fn accept(&mut self, item: Item) {
+        if let Some(error) = self.ended() {
+            return item.complete(Err(error));
+        }
+        let submission = &item.submission;
+        if self.waiting.contains_key(&submission.name) {
+            let text = format!("`{}` was submitted before and is not ready yet; names must be unique", submission.name);
+            return item.complete(Err(Error::Invalid(text)));
+        }
+        let first_dim = match submission.kind {
+            OpKind::Allgather => submission.shape.first().map(|&dim| dim as u64),
+            _ => None,
+        };
+        self.negotiation.submit(&submission.name, Signature::of(submission), first_dim);
+        self.waiting.insert(submission.name.clone(), item);
+    }
+
+    /// Says that this rank wants to shut down.
+    pub(crate) fn close(&mut self) {
+        if matches!(self.state, State::Open) {
+            self.negotiation.close();
+        }
+    }
+
+    /// Goes on as far as it can without waiting. Gives whether anything moved. An error has already reached every
+    /// operation and every peer.
+    pub(crate) fn step(&mut self) -> bool {
+        if self.is_over() {
+            return false;
+        }
+        match self.try_step() {
+            Ok(moved) => moved,
+            Err(error) => {
+                self.fail(error);
+                true
+            }
+        }
+    }
+
+    fn try_step(&mut self) -> Result<bool> {
+        let mut moved = self.transport.progress()?;
+        if let State::Closing = self.state {
+            if self.transport.close()? {
+                self.state = State::Closed;
+                moved = true;
+            }
+            return Ok(moved);
+        }
+        while let Some(verdicts) = self.negotiation.poll(&mut *self.transport)? {
+            self.follow(verdicts);
+            moved = true;
+        }
+        moved |= self.run()?;
+        if self.negotiation.all_closing() && self.ready.is_empty() && self.running.is_empty() {
+            self.state = State::Closing;
+            let error = Error::ShutDown("before every rank had submitted this tensor".into());
+            self.waiting.drain().for_each(|(_, item)| item.complete(Err(error.clone())));
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Turns what the ranks concluded in one round into batches.
+    fn follow(&mut self, verdicts: Vec<Verdict>) {
+        let mut fusible = Vec::new();
+        for verdict in verdicts {
+            match verdict {
+                Verdict::Refused { name, error } => {
+                    if let Some(item) = self.waiting.remove(&name) {
+                        item.complete(Err(error));
+                    }
+                }
+                Verdict::Ready(Agreement { name, signature, first_dims }) => {
+                    let Some(item) = self.waiting.remove(&name) else { continue };
+                    self.observers.tell(&name, Phase::Negotiated);
+                    let route = self.backend.route(item.submission.input.len());
+                    match signature.kind {
+                        SignatureKind::Allreduce { .. } => fusible.push((signature, route, item)),
+                        _ => {
+                            let first_dims = first_dims.into_iter().map(|dim| dim as usize).collect();
+                            let alone = plan(vec![(signature, route, item)], 0);
+                            self.ready.extend(alone.into_iter().map(|batch| (batch, Vec::clone(&first_dims))));
+                        }
+                    }
+                }
+            }
+        }
+        let batches = plan(fusible, self.fusion_threshold_bytes);
+        self.ready.extend(batches.into_iter().map(|batch| (batch, Vec::new())));
+    }
+
+    /// Starts what is ready and polls what is running. Several operations may be under way over the transport; those in
+    /// shared memory go one after the other.
+    fn run(&mut self) -> Result<bool> {
+        let mut moved = false;
+        while self.running.len() < MAX_RUNNING {
+            let Some((batch, first_dims)) = self.ready.pop_front() else { break };
+            self.running.push(Execution::start(batch, first_dims, &mut self.backend, &self.observers)?);
+            moved = true;
+        }
+        let mut shared_is_taken = false;
+        let mut at = 0;
+        while at < self.running.len() {
+            let shared = self.running[at].route() == Route::Shared;
+            if (shared && shared_is_taken) || !self.running[at].poll(&mut *self.transport)? {
+                shared_is_taken |= shared;
+                at += 1;
+                continue;
+            }
+            let buffer = self.running.remove(at).finish(&self.observers);
+            self.backend.spare = buffer.or(self.backend.spare.take());
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Ends everything with `error` and tells the peers.
+    pub(crate) fn fail(&mut self, error: Error) {
+        if self.is_over() {
+            return;
+        }
+        self.state = State::Failed(error.clone());
+        self.transport.abort(&error.to_string());
+        self.running.drain(..).for_each(|execution| execution.fail(&error));
+        let ready = self.ready.drain(..).flat_map(|(batch, _)| batch.items);
+        let waiting = self.waiting.drain().map(|(_, item)| item);
+        ready.chain(waiting).for_each(|item| item.complete(Err(error.clone())));
+    }
+
+    /// Announces to the ranks that share memory with this one that it will sleep. `false` if it must not yet.
+    pub(crate) fn prepare_sleep(&self) -> bool {
+        self.backend.shared.as_ref().is_none_or(|group| group.prepare_sleep())
+    }
+
+    /// Announces that this rank is awake.
+    pub(crate) fn awake(&self) {
+        if let Some(group) = &self.backend.shared {
+            group.awake();
+        }
+    }
+}

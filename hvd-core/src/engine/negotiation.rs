@@ -1,0 +1,183 @@
+//! Which tensors are ready on all ranks, in an order that is the same on all of them.
+//!
+//! There is no coordinator. In each round (see [`super::exchange`]) all ranks hear the same, and each draws the same
+//! conclusions: it keeps the same table of what was announced and the same cache of what was agreed on before.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::cache::{Agreement, ResponseCache};
+use super::exchange::Exchange;
+use super::message::{Announcement, BitSet, RoundMessage, Signature, SignatureKind};
+use crate::error::{Error, Result};
+use crate::transport::Transport;
+
+/// What the ranks concluded of one tensor.
+#[derive(Debug)]
+pub enum Verdict {
+    /// All ranks have it and agree.
+    Ready(Agreement),
+    /// All ranks have it and disagree.
+    Refused {
+        /// The tensor's name.
+        name: String,
+        /// Says who sent what; the same text on every rank.
+        error: Error,
+    },
+}
+
+/// A tensor that this rank has submitted and that is not ready yet.
+struct Waiting {
+    signature: Signature,
+    first_dim: Option<u64>,
+    sequence: u64,
+}
+
+/// The negotiation of one world, seen from one rank.
+pub struct Negotiation {
+    rank: usize,
+    size: usize,
+    exchange: Exchange,
+    cache: ResponseCache,
+    /// What this rank waits for, by name.
+    waiting: HashMap<String, Waiting>,
+    /// Those of `waiting` that are in the cache, by slot: each round says them again.
+    cached: BTreeMap<usize, String>,
+    /// Those of `waiting` that no round has told the others yet.
+    unannounced: Vec<String>,
+    /// What rounds have told and is not ready. The same on all ranks.
+    table: BTreeMap<String, Announcement>,
+    next_sequence: u64,
+    /// Whether this rank has something new to say.
+    news: bool,
+    closing: bool,
+    all_closing: bool,
+}
+
+impl Negotiation {
+    /// Before the first round.
+    pub fn new(rank: usize, size: usize, cache_capacity: usize) -> Self {
+        Negotiation {
+            rank,
+            size,
+            exchange: Exchange::new(rank, size),
+            cache: ResponseCache::new(cache_capacity),
+            waiting: HashMap::new(),
+            cached: BTreeMap::new(),
+            unannounced: Vec::new(),
+            table: BTreeMap::new(),
+            next_sequence: 0,
+            news: false,
+            closing: false,
+            all_closing: false,
+        }
+    }
+
+    /// Notes that this rank has a tensor. The name must not be waiting already. `first_dim`: of an allgather.
+    pub fn submit(&mut self, name: &str, signature: Signature, first_dim: Option<u64>) {
+        self.next_sequence += 1;
+        match self.cache.find(name, &signature, self.rank, first_dim) {
+            Some(slot) => drop(self.cached.insert(slot, name.to_string())),
+            None => self.unannounced.push(name.to_string()),
+        }
+        let waiting = Waiting { signature, first_dim, sequence: self.next_sequence };
+        self.waiting.insert(name.to_string(), waiting);
+        self.news = true;
+    }
+
+    /// Says that this rank wants to shut down.
+    pub fn close(&mut self) {
+        self.closing = true;
+        self.news = true;
+    }
+
+    /// Whether all ranks want to shut down.
+    pub fn all_closing(&self) -> bool {
+        self.all_closing
+    }
+
+    /// Goes on as far as it can, to the end of one round at most; gives that round's conclusions in an order that is the
+    /// same on all ranks. What follows from one round must not be mixed with what follows from the next: where a rank
+    /// sees two rounds end at once, another sees them one by one.
+    pub fn poll(&mut self, transport: &mut dyn Transport) -> Result<Option<Vec<Verdict>>> {
+        if self.all_closing {
+            return Ok(None);
+        }
+        if self.exchange.is_due(transport, self.news)? {
+            let own = self.contribution();
+            self.unannounced.clear();
+            self.news = false;
+            self.exchange.begin(transport, own)?;
+        }
+        Ok(self.exchange.advance(transport)?.map(|heard| self.conclude(heard)))
+    }
+
+    fn contribution(&self) -> RoundMessage {
+        let mut ready = BitSet::default();
+        self.cached.keys().for_each(|&slot| ready.insert(slot));
+        let announce = |name: &String| {
+            let waiting = self.waiting.get(name)?;
+            let signature = waiting.signature.clone();
+            Some((name.clone(), Announcement::new(self.rank, waiting.sequence, signature, waiting.first_dim)))
+        };
+        RoundMessage { ready, announced: self.unannounced.iter().filter_map(announce).collect(), closing: self.closing }
+    }
+
+    /// Draws the conclusions of a round. Everything that changes the cache or the table depends on `heard` alone.
+    fn conclude(&mut self, heard: RoundMessage) -> Vec<Verdict> {
+        let mut verdicts = Vec::new();
+        self.all_closing = heard.closing;
+        for slot in heard.ready.iter() {
+            if let Some(agreement) = self.cache.get(slot).cloned() {
+                self.cache.touch(slot);
+                self.cached.remove(&slot);
+                self.waiting.remove(&agreement.name);
+                verdicts.push(Verdict::Ready(agreement));
+            }
+        }
+        let mut complete = Vec::new();
+        for (name, announcement) in heard.announced {
+            let evicted = self.cache.remove(&name);
+            self.announce_again(evicted);
+            let known = self.table.entry(name.clone()).or_default();
+            match known.variants.is_empty() {
+                true => *known = announcement,
+                false => known.merge(announcement),
+            }
+            if known.ranks().count() == self.size {
+                complete.push((known.order, name));
+            }
+        }
+        complete.sort();
+        for (_, name) in complete {
+            if let Some(announcement) = self.table.remove(&name) {
+                self.waiting.remove(&name);
+                verdicts.push(self.judge(name, announcement));
+            }
+        }
+        verdicts
+    }
+
+    fn judge(&mut self, name: String, announcement: Announcement) -> Verdict {
+        let Announcement { mut variants, first_dims, .. } = announcement;
+        if variants.len() > 1 {
+            let detail = Announcement { variants, ..Default::default() }.describe();
+            return Verdict::Refused { error: Error::Mismatch { name: name.clone(), detail }, name };
+        }
+        let (signature, _) = variants.remove(0);
+        let first_dims = first_dims.into_values().collect();
+        let agreement = Agreement { name, signature, first_dims };
+        if agreement.signature.kind != SignatureKind::Barrier {
+            let evicted = self.cache.insert(agreement.clone());
+            self.announce_again(evicted);
+        }
+        Verdict::Ready(agreement)
+    }
+
+    /// What waited under a slot that is no more must be announced in full.
+    fn announce_again(&mut self, evicted: Option<usize>) {
+        if let Some(name) = evicted.and_then(|slot| self.cached.remove(&slot)) {
+            self.unannounced.push(name);
+            self.news = true;
+        }
+    }
+}

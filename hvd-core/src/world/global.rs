@@ -1,0 +1,104 @@
+//! One world for the whole process, as Horovod's users know it.
+
+use std::sync::{Mutex, Once, PoisonError};
+
+use super::World;
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+static WORLD: Mutex<Option<World>> = Mutex::new(None);
+
+/// What a rank that panicked ends with, as Rust's own runtime does.
+const PANIC_EXIT_CODE: i32 = 101;
+
+/// Meets the other ranks (see [`World::from_env`]) and makes that world the process's. A second call gives the same world.
+///
+/// From then on a panic on any thread tells the other ranks its message and ends the process with code 101, so that no rank
+/// waits for one that is half dead.
+///
+/// # Errors
+/// As [`World::from_env`].
+pub fn init() -> Result<World> {
+    init_with(Config::from_env)
+}
+
+/// As [`init`], with settings from `config`, which is called only where the world is not there yet.
+///
+/// # Errors
+/// As [`World::with_config`], and what `config` gives.
+pub fn init_with(config: impl FnOnce() -> Result<Config>) -> Result<World> {
+    let mut slot = WORLD.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(world) = &*slot {
+        return Ok(world.clone());
+    }
+    let world = World::with_config(config()?)?;
+    *slot = Some(world.clone());
+    install_panic_hook();
+    Ok(world)
+}
+
+/// Leaves the process's world in peace; see [`World::shutdown`]. Does nothing where there is none. [`init`] may be called
+/// again.
+///
+/// # Errors
+/// What the world was lost to, if it was.
+pub fn shutdown() -> Result<()> {
+    let world = WORLD.lock().unwrap_or_else(PoisonError::into_inner).take();
+    world.map_or(Ok(()), |world| world.shutdown())
+}
+
+/// Whether the process has a world.
+pub fn is_initialised() -> bool {
+    WORLD.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+}
+
+/// The process's world.
+///
+/// # Errors
+/// [`Error::NotInitialised`] before [`init`].
+pub fn world() -> Result<World> {
+    WORLD.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or(Error::NotInitialised)
+}
+
+macro_rules! queries {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {$(
+        $(#[$doc])*
+        ///
+        /// # Errors
+        /// [`Error::NotInitialised`] before [`init`].
+        pub fn $name() -> Result<usize> {
+            world().map(|world| world.$name())
+        }
+    )*};
+}
+
+queries!(
+    /// This rank, `0 .. size`.
+    rank,
+    /// Number of ranks.
+    size,
+    /// This rank among those of its host.
+    local_rank,
+    /// Number of ranks on this host.
+    local_size,
+    /// This rank's host among those that have this local rank.
+    cross_rank,
+    /// Number of hosts that have this local rank.
+    cross_size,
+);
+
+fn install_panic_hook() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        let default_hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            default_hook(info);
+            // A panic while the slot is locked must not wait for itself.
+            let world = WORLD.try_lock().ok().and_then(|mut slot| slot.take());
+            if let Some(world) = world.filter(|world| world.size() > 1) {
+                world.abort(&format!("it panicked: {info}"));
+                std::process::exit(PANIC_EXIT_CODE);
+            }
+        }));
+    });
+}

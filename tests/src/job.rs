@@ -1,0 +1,221 @@
+//! A job: all ranks of one program, their output, and their end.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+
+use crate::Launcher;
+
+/// What is to be started.
+pub struct Job {
+    program: PathBuf,
+    args: Vec<OsString>,
+    vars: Vec<(String, String)>,
+    ranks: usize,
+    launcher: Launcher,
+    limit: Duration,
+}
+
+/// A job whose processes have been started. Dropping it kills them.
+pub struct Running {
+    /// One process a rank, or the launcher's one.
+    children: Vec<Child>,
+    output: Output,
+    deadline: Instant,
+    limit: Duration,
+}
+
+/// A job that has ended.
+pub struct Finished {
+    /// How each process ended: one a rank, or the launcher's one.
+    pub statuses: Vec<ExitStatus>,
+    /// Everything the ranks printed.
+    pub stdout: String,
+    /// Everything the ranks complained of.
+    pub stderr: String,
+    /// How long it took from the start.
+    pub elapsed: Duration,
+}
+
+struct Output {
+    folder: tempfile::TempDir,
+    started: Instant,
+}
+
+impl Job {
+    /// `ranks` processes of `program`, started one by one, for at most two minutes.
+    pub fn new(program: impl Into<PathBuf>, ranks: usize) -> Self {
+        let limit = Duration::from_secs(120);
+        Job { program: program.into(), args: Vec::new(), vars: Vec::new(), ranks, launcher: Launcher::Spawn, limit }
+    }
+
+    /// Adds arguments of the program.
+    pub fn args<T: Into<OsString>>(mut self, args: impl IntoIterator<Item = T>) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Sets an environment variable on all ranks.
+    pub fn var(mut self, name: &str, value: impl ToString) -> Self {
+        self.vars.push((name.into(), value.to_string()));
+        self
+    }
+
+    /// Who starts the ranks.
+    pub fn launcher(mut self, launcher: Launcher) -> Self {
+        self.launcher = launcher;
+        self
+    }
+
+    /// After this time the job is killed and the test fails.
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// Starts all processes.
+    pub fn start(self) -> Running {
+        let output = Output { folder: tempfile::tempdir().expect("a temporary folder"), started: Instant::now() };
+        let commands = match self.launcher.command(self.ranks, &self.program) {
+            Some(command) => vec![command],
+            None => self.spawned(),
+        };
+        let start = |(at, mut command): (usize, Command)| {
+            command.args(&self.args).envs(self.vars.iter().cloned()).stdin(Stdio::null());
+            command.stdout(output.file("stdout", at)).stderr(output.file("stderr", at));
+            // A group of its own, so that a launcher dies together with what it started.
+            command.process_group(0).spawn().expect("a process")
+        };
+        let children = commands.into_iter().enumerate().map(start).collect();
+        Running { children, output, deadline: Instant::now() + self.limit, limit: self.limit }
+    }
+
+    /// Starts all processes and waits for their end.
+    ///
+    /// # Panics
+    /// If the job takes longer than its limit.
+    pub fn run(self) -> Finished {
+        self.start().wait()
+    }
+
+    fn spawned(&self) -> Vec<Command> {
+        let job = format!("test-{}-{:x}", std::process::id(), rand::random::<u64>());
+        let command = |rank: usize| {
+            let mut command = Command::new(&self.program);
+            let size = self.ranks.to_string();
+            command.env("HVD_RANK", rank.to_string()).env("HVD_SIZE", size).env("HVD_JOB_ID", &job);
+            command
+        };
+        (0..self.ranks).map(command).collect()
+    }
+}
+
+impl Running {
+    /// The process of a rank of a job that was started one by one.
+    pub fn pid(&self, rank: usize) -> Pid {
+        Pid::from_child(&self.children[rank])
+    }
+
+    /// Ends a rank as the kernel does when memory runs out: at once, without a word.
+    pub fn kill(&self, rank: usize) {
+        // It may have ended by itself a moment ago.
+        let _ = kill_process(self.pid(rank), Signal::KILL);
+    }
+
+    /// Waits until the output contains `text`; gives up, with `false`, when the job ends before that.
+    ///
+    /// # Panics
+    /// If the job takes longer than its limit.
+    pub fn wait_for(&mut self, text: &str) -> bool {
+        loop {
+            if self.output.read("stdout").contains(text) || self.output.read("stderr").contains(text) {
+                return true;
+            }
+            let ended = self.children.iter_mut().all(|child| child.try_wait().is_ok_and(|status| status.is_some()));
+            if ended {
+                return false;
+            }
+            self.watch();
+        }
+    }
+
+    /// Waits for the end of all processes.
+    ///
+    /// # Panics
+    /// If the job takes longer than its limit.
+    pub fn wait(mut self) -> Finished {
+        let mut statuses = vec![None; self.children.len()];
+        while statuses.iter().any(Option::is_none) {
+            for (status, child) in statuses.iter_mut().zip(&mut self.children) {
+                *status = status.or_else(|| child.try_wait().expect("a process's status"));
+            }
+            self.watch();
+        }
+        Finished {
+            statuses: statuses.into_iter().flatten().collect(),
+            stdout: self.output.read("stdout"),
+            stderr: self.output.read("stderr"),
+            elapsed: self.output.started.elapsed(),
+        }
+    }
+
+    /// A short pause between two looks, and the watchdog.
+    fn watch(&self) {
+        let (stdout, stderr) = (self.output.read("stdout"), self.output.read("stderr"));
+        let limit = self.limit;
+        assert!(Instant::now() < self.deadline, "still running after {limit:?}\n{stdout}\n--- stderr\n{stderr}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            let _ = kill_process_group(Pid::from_child(child), Signal::KILL);
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Finished {
+    /// # Panics
+    /// With all output, unless every process ended with code 0.
+    pub fn assert_success(&self) -> &Self {
+        let Finished { statuses, stdout, stderr, .. } = self;
+        assert!(statuses.iter().all(ExitStatus::success), "{statuses:?}\n{stdout}\n--- stderr\n{stderr}");
+        self
+    }
+
+    /// # Panics
+    /// With all output, unless every process ended with another code than 0.
+    pub fn assert_failure(&self) -> &Self {
+        let Finished { statuses, stdout, stderr, .. } = self;
+        assert!(!statuses.iter().any(ExitStatus::success), "{statuses:?}\n{stdout}\n--- stderr\n{stderr}");
+        self
+    }
+}
+
+impl Output {
+    fn file(&self, stream: &str, at: usize) -> File {
+        File::create(self.folder.path().join(format!("{stream}.{at:04}"))).expect("a file for the output")
+    }
+
+    /// What all processes wrote, one after the other.
+    fn read(&self, stream: &str) -> String {
+        let entries = std::fs::read_dir(self.folder.path()).expect("the output's folder");
+        let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+        paths.retain(|path| path.file_stem().is_some_and(|stem| stem == stream));
+        paths.sort();
+        let mut bytes = Vec::new();
+        for path in paths {
+            File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).expect("the output");
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}

@@ -1,0 +1,74 @@
+//! Ranks that die, panic or leave: the others end soon, say who it was, and nothing is left behind.
+
+use std::time::Duration;
+
+use hvd_tests::{Job, Running, binary, seed};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// From the death of a rank to the end of the last of the others.
+const LIMIT: Duration = Duration::from_secs(10);
+
+fn worker(ranks: usize, args: &[&str]) -> Job {
+    Job::new(binary("hvd-worker"), ranks).args(args.iter().copied())
+}
+
+/// Kills `victim`, and checks the end of the others.
+fn kill_and_check(running: Running, victim: usize) {
+    running.kill(victim);
+    let killed = std::time::Instant::now();
+    let finished = running.wait();
+    assert!(killed.elapsed() < LIMIT, "it took {:?}", killed.elapsed());
+    let named = format!("rank {victim}");
+    finished.assert_failure();
+    assert!(finished.stderr.contains(&named), "nobody named {named}:\n{}", finished.stderr);
+}
+
+#[test]
+fn a_rank_killed_at_any_moment_ends_the_job() {
+    let mut random = ChaCha8Rng::seed_from_u64(seed());
+    for (shm, elements) in [(1, 10), (1, 3_000_000), (0, 10), (0, 3_000_000)] {
+        for phase in ["", "started", "stepping"] {
+            let ranks = random.random_range(2..=4);
+            let victim = random.random_range(0..ranks);
+            let elements = elements.to_string();
+            let job = worker(ranks, &["steps", "--count", "1000000000", "--elements", &elements]);
+            let mut running = job.var("HVD_SHM", shm).start();
+            assert!(phase.is_empty() || running.wait_for(phase), "the job ended by itself");
+            // Somewhere within the phase; not to wait for anything.
+            std::thread::sleep(Duration::from_micros(random.random_range(0..40_000)));
+            kill_and_check(running, victim);
+        }
+    }
+}
+
+#[test]
+fn a_panic_ends_the_job_and_its_message_is_seen() {
+    let finished = worker(3, &["panic", "--rank", "1"]).run();
+    finished.assert_failure();
+    assert!(finished.elapsed < LIMIT, "{:?}", finished.elapsed);
+    assert!(finished.stderr.contains("this rank was told to panic"), "{}", finished.stderr);
+    assert!(finished.stderr.contains("lost rank 1"), "{}", finished.stderr);
+}
+
+#[test]
+fn a_rank_that_leaves_without_a_word_ends_the_job() {
+    let finished = worker(3, &["leave", "--rank", "2"]).run();
+    assert!(finished.elapsed < LIMIT, "{:?}", finished.elapsed);
+    assert!(finished.stderr.contains("lost rank 2"), "{}", finished.stderr);
+    assert_eq!(finished.statuses.iter().filter(|status| status.success()).count(), 1, "{:?}", finished.statuses);
+}
+
+#[test]
+fn nothing_is_left_behind() {
+    let sockets =
+        || std::fs::read_to_string("/proc/net/unix").expect("the list of Unix sockets").matches("hvd").count();
+    let segments = || std::fs::read_dir("/dev/shm").map_or(0, |entries| entries.count());
+    let before = (sockets(), segments());
+    let mut running = worker(3, &["steps", "--count", "1000000000", "--elements", "100000"]).start();
+    assert!(running.wait_for("stepping"), "the job ended by itself");
+    kill_and_check(running, 0);
+    // Other tests may hold sockets of jobs that are starting, never fewer than before.
+    let after = (sockets(), segments());
+    assert!(after.1 <= before.1 && after.0 <= before.0 + 2, "{before:?} {after:?}");
+}
