@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Mlp, distance, numbers, values, watched};
+use common::{Mlp, distance, numbers, ranks, values, watched};
 use hvd_torch::{
     AdamW, Builder, Compression, DistributedOptimizer, Optimizer, ParamGroup, ReduceOp, TchOptimizer, World, set_grad,
 };
@@ -40,7 +40,7 @@ fn joined_gradients(kind: Kind) -> Vec<Tensor> {
 
 /// One synchronized backward pass on `size` ranks: rank 0's gradients, after a check that all ranks have the same bits.
 fn reduced_gradients(size: usize, kind: Kind, configure: fn(Builder<AdamW>) -> Builder<AdamW>) -> Vec<Tensor> {
-    let mut ranks = World::threads(size, |world| {
+    let mut all = ranks(size, |world| {
         let mlp = Mlp::new(kind);
         let mut optimizer = configure(builder(&world, &mlp)).build().unwrap();
         mlp.loss(&local_batch(&world, kind, 0)).backward();
@@ -48,8 +48,8 @@ fn reduced_gradients(size: usize, kind: Kind, configure: fn(Builder<AdamW>) -> B
         mlp.gradients()
     });
     let bits = |gradients: &Vec<Tensor>| gradients.iter().map(values).collect::<Vec<_>>();
-    assert!(ranks.iter().all(|rank| bits(rank) == bits(&ranks[0])), "ranks differ");
-    ranks.swap_remove(0)
+    assert!(all.iter().all(|rank| bits(rank) == bits(&all[0])), "ranks differ");
+    all.swap_remove(0)
 }
 
 fn worst(a: &[Tensor], b: &[Tensor]) -> f64 {
@@ -95,7 +95,8 @@ fn compression_narrows_the_wire_only() {
 fn bf16_parameters_work() {
     watched(|| {
         for size in SIZES {
-            let off = worst(&reduced_gradients(size, Kind::BFloat16, |builder| builder), &joined_gradients(Kind::BFloat16));
+            let off =
+                worst(&reduced_gradients(size, Kind::BFloat16, |builder| builder), &joined_gradients(Kind::BFloat16));
             assert!(off < 2e-2, "{size} ranks: {off}");
         }
     });
@@ -103,7 +104,7 @@ fn bf16_parameters_work() {
 
 /// Trains on `size` ranks with accumulation and clipping; the losses over the whole batch, and the final parameters.
 fn train(size: usize, passes: usize) -> (Vec<f64>, Vec<Vec<f64>>) {
-    let ranks = World::threads(size, |world| {
+    let all = ranks(size, |world| {
         let mlp = Mlp::new(Kind::Double);
         let mut optimizer = builder(&world, &mlp).backward_passes_per_step(passes).build().unwrap();
         let mut losses = Vec::new();
@@ -119,8 +120,8 @@ fn train(size: usize, passes: usize) -> (Vec<f64>, Vec<Vec<f64>>) {
         }
         (losses, mlp.params.iter().map(|(_, param)| values(param)).collect())
     });
-    assert!(ranks.iter().all(|rank| *rank == ranks[0]), "ranks differ");
-    ranks.into_iter().next().unwrap()
+    assert!(all.iter().all(|rank| *rank == all[0]), "ranks differ");
+    all.into_iter().next().unwrap()
 }
 
 #[test]
@@ -141,12 +142,12 @@ fn training_does_not_depend_on_ranks_or_accumulation() {
 fn unused_parameters_are_reduced_as_zeros() {
     watched(|| {
         for size in SIZES {
-            let ranks = World::threads(size, |world| {
+            let all = ranks(size, |world| {
                 let x = |at| numbers(&[3], Kind::Double, at).detach().set_requires_grad(true);
                 let (everywhere, sometimes, never) = (x(1), x(2), x(3));
                 let params = [("everywhere", &everywhere), ("sometimes", &sometimes), ("never", &never)];
-                let params = params.map(|(name, param)| (name.to_string(), param.shallow_clone())).to_vec();
-                let adamw = adamw(params);
+                let params = params.map(|(name, param)| (name.to_string(), param.shallow_clone()));
+                let adamw = adamw(params.into());
                 let mut optimizer = DistributedOptimizer::builder(adamw).world(world.clone()).build().unwrap();
                 let mut loss = everywhere.sum(Kind::Double);
                 if world.rank() == 0 {
@@ -156,7 +157,7 @@ fn unused_parameters_are_reduced_as_zeros() {
                 optimizer.step().unwrap();
                 [&everywhere, &sometimes, &never].map(|param| values(&param.grad())[0])
             });
-            assert!(ranks.iter().all(|rank| *rank == [1.0, 6.0 / size as f64, 0.0]), "{ranks:?}");
+            assert!(all.iter().all(|rank| *rank == [1.0, 6.0 / size as f64, 0.0]), "{all:?}");
         }
     });
 }
@@ -165,7 +166,7 @@ fn unused_parameters_are_reduced_as_zeros() {
 fn too_many_backward_passes_are_an_error() {
     watched(|| {
         for size in SIZES {
-            World::threads(size, |world| {
+            ranks(size, |world| {
                 let mlp = Mlp::new(Kind::Double);
                 let mut optimizer = builder(&world, &mlp).backward_passes_per_step(2).build().unwrap();
                 let batch = local_batch(&world, Kind::Double, 0);
@@ -182,7 +183,7 @@ fn too_many_backward_passes_are_an_error() {
 #[test]
 fn backward_after_synchronize_is_an_error() {
     watched(|| {
-        World::threads(2, |world| {
+        ranks(2, |world| {
             let mlp = Mlp::new(Kind::Double);
             let mut optimizer = builder(&world, &mlp).build().unwrap();
             let batch = local_batch(&world, Kind::Double, 0);
@@ -198,7 +199,7 @@ fn backward_after_synchronize_is_an_error() {
 #[test]
 fn a_step_can_be_skipped_and_passes_changed_in_between() {
     watched(|| {
-        World::threads(2, |world| {
+        ranks(2, |world| {
             let mlp = Mlp::new(Kind::Double);
             let mut optimizer = builder(&world, &mlp).build().unwrap();
             let before = values(&mlp.params[0].1);
@@ -229,8 +230,8 @@ fn a_step_can_be_skipped_and_passes_changed_in_between() {
 fn gradients_that_were_replaced_come_back_into_the_bucket() {
     watched(|| {
         for size in SIZES {
-            let expected = joined_gradients(Kind::Double);
-            World::threads(size, |world| {
+            ranks(size, |world| {
+                let expected = joined_gradients(Kind::Double);
                 let mlp = Mlp::new(Kind::Double);
                 let mut optimizer = builder(&world, &mlp).build().unwrap();
                 let address = mlp.params[0].1.grad().data_ptr();
@@ -260,7 +261,7 @@ fn gradients_that_were_replaced_come_back_into_the_bucket() {
 #[test]
 fn one_parameter_belongs_to_one_optimizer() {
     watched(|| {
-        World::threads(1, |world| {
+        ranks(1, |world| {
             let mlp = Mlp::new(Kind::Double);
             let first = builder(&world, &mlp).build().unwrap();
             let error = builder(&world, &mlp).build().map(drop).unwrap_err().to_string();
@@ -275,7 +276,7 @@ fn one_parameter_belongs_to_one_optimizer() {
 
 #[test]
 fn settings_that_make_no_sense_are_refused() {
-    World::threads(1, |world| {
+    ranks(1, |world| {
         let mlp = Mlp::new(Kind::Double);
         let refused = |builder: Builder<AdamW>| builder.build().map(drop).unwrap_err().to_string();
         assert!(refused(builder(&world, &mlp).backward_passes_per_step(0)).contains("at least 1"));
@@ -286,7 +287,7 @@ fn settings_that_make_no_sense_are_refused() {
 
 #[test]
 fn buckets_follow_the_reverse_order() {
-    World::threads(1, |world| {
+    ranks(1, |world| {
         let mlp = Mlp::new(Kind::Double);
         let each = builder(&world, &mlp).bucket_bytes(1).build().unwrap().buckets().concat();
         assert_eq!(each, ["second.bias", "second.weight", "first.bias", "first.weight"]);
@@ -297,7 +298,7 @@ fn buckets_follow_the_reverse_order() {
 #[test]
 fn tch_optimizers_are_wrapped_too() {
     watched(|| {
-        let ranks = World::threads(3, |world| {
+        let all = ranks(3, |world| {
             let vars = nn::VarStore::new(Device::Cpu);
             let x = vars.root().var_copy("x", &Tensor::from_slice(&[0.0f64]));
             let sgd = TchOptimizer::new(nn::sgd(0.0, 0.0, 0.0, false).build(&vars, 0.5).unwrap(), &vars).unwrap();
@@ -309,14 +310,14 @@ fn tch_optimizers_are_wrapped_too() {
             }
             values(&x)[0]
         });
-        assert_eq!(ranks, [1.0; 3]);
+        assert_eq!(all, [1.0; 3]);
     });
 }
 
 #[test]
 fn gradients_from_before_count() {
     watched(|| {
-        World::threads(2, |world| {
+        ranks(2, |world| {
             let x = Tensor::from_slice(&[0.0f64]).set_requires_grad(true);
             (&x * (world.rank() as f64)).sum(Kind::Double).backward();
             let adamw = adamw(vec![("x".into(), x.shallow_clone())]);
@@ -326,5 +327,19 @@ fn gradients_from_before_count() {
             assert_eq!(values(&x.grad()), [10.5]);
             assert_eq!(optimizer.inner().parameters().len(), 1);
         });
+    });
+}
+
+#[test]
+fn ranks_with_other_parameters_are_refused() {
+    watched(|| {
+        let errors = ranks(2, |world| {
+            let mut mlp = Mlp::new(Kind::Double);
+            if world.rank() == 1 {
+                mlp.params.reverse();
+            }
+            builder(&world, &mlp).build().map(drop).unwrap_err().to_string()
+        });
+        assert!(errors.iter().all(|error| error.contains("rank 1 wraps other parameters")), "{errors:?}");
     });
 }

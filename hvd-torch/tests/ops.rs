@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::{numbers, values, watched};
-use hvd_torch::{AdamW, Compression, Optimizer, ParamGroup, ReduceOp, TchOptimizer, World, ops};
+use common::{numbers, ranks, values, watched};
+use hvd_torch::{AdamW, Allreduce, Compression, Optimizer, ParamGroup, ReduceOp, TchOptimizer, ops};
 use tch::nn::OptimizerConfig;
 use tch::{Device, Kind, Tensor, nn};
 
@@ -25,7 +25,7 @@ fn broadcast_reaches_any_kind_and_layout() {
     watched(|| {
         for size in [1, 2, 3] {
             let root = size - 1;
-            World::threads(size, |world| {
+            ranks(size, |world| {
                 // Rank r holds r + 1 everywhere; bool: whether it is the root.
                 let fill = |kind: Kind| match kind {
                     Kind::Bool => (world.rank() == root) as i64,
@@ -55,7 +55,7 @@ fn broadcast_reaches_any_kind_and_layout() {
 
 #[test]
 fn broadcast_refuses_bad_lists() {
-    World::threads(1, |world| {
+    ranks(1, |world| {
         let list = vec![("x".to_string(), Tensor::from(1.0)), ("x".to_string(), Tensor::from(1.0))];
         assert!(ops::broadcast_parameters(&world, &list, 0).unwrap_err().to_string().contains("`x`"));
         assert!(ops::broadcast_parameters(&world, &list[..1], 1).unwrap_err().to_string().contains("no rank 1"));
@@ -65,7 +65,7 @@ fn broadcast_refuses_bad_lists() {
 #[test]
 fn optimizer_state_is_broadcast() {
     watched(|| {
-        World::threads(2, |world| {
+        ranks(2, |world| {
             let x = numbers(&[5], Kind::Float, 1).detach().set_requires_grad(true);
             let group = ParamGroup { params: vec![("x".into(), x.shallow_clone())], lr: 0.1, weight_decay: 0.0 };
             let mut adamw = AdamW::new(vec![group], (0.9, 0.95), 1e-8).unwrap();
@@ -92,7 +92,7 @@ fn optimizer_state_is_broadcast() {
 fn allreduce_gives_a_new_tensor_or_works_in_place() {
     watched(|| {
         for size in [1, 2, 3] {
-            World::threads(size, |world| {
+            ranks(size, |world| {
                 let (n, rank) = (size as f64, world.rank() as f64);
                 let x = Tensor::from_slice(&[rank, 10.0]).set_requires_grad(true);
                 let mean = ops::allreduce(&world, &x, "mean", ReduceOp::Average).unwrap();
@@ -101,8 +101,7 @@ fn allreduce_gives_a_new_tensor_or_works_in_place() {
                 let square = Tensor::from_slice2(&[[rank, 1.0], [2.0, 3.0]]);
                 ops::allreduce_(&world, &square.tr(), "sum", ReduceOp::Sum).unwrap();
                 assert_eq!(values(&square), [n * (n - 1.0) / 2.0, n, 2.0 * n, 3.0 * n]);
-                let options = hvd_torch::Allreduce::from(ReduceOp::Sum);
-                let options = hvd_torch::Allreduce { compression: Compression::Bf16, ..options };
+                let options = Allreduce::sum().compression(Compression::Bf16);
                 let ones = ops::allreduce(&world, &Tensor::ones([100], (Kind::Float, Device::Cpu)), "narrow", options);
                 assert!(values(&ones.unwrap()).iter().all(|x| *x == n));
                 let handle = ops::allreduce_async_(&world, &square, "async", ReduceOp::Max).unwrap();
@@ -118,7 +117,7 @@ fn allreduce_gives_a_new_tensor_or_works_in_place() {
 #[test]
 fn broadcast_of_one_tensor() {
     watched(|| {
-        World::threads(2, |world| {
+        ranks(2, |world| {
             let x = Tensor::from_slice(&[world.rank() as i64, 7]);
             assert_eq!(values(&ops::broadcast(&world, &x, "new", 1).unwrap()), [1.0, 7.0]);
             assert_eq!(values(&x)[0], world.rank() as f64);
@@ -132,7 +131,7 @@ fn broadcast_of_one_tensor() {
 fn allgather_joins_unequal_parts() {
     watched(|| {
         for size in [1, 2, 3] {
-            World::threads(size, |world| {
+            ranks(size, |world| {
                 let rank = world.rank() as i64;
                 // Rank r gives r rows of (r, r), from a transposed tensor.
                 let rows = Tensor::full([2, rank], rank, (Kind::Int64, Device::Cpu)).tr();
@@ -151,7 +150,7 @@ fn allgather_joins_unequal_parts() {
 fn metrics_are_averaged_in_double() {
     watched(|| {
         for size in [1, 2, 3] {
-            World::threads(size, |world| {
+            ranks(size, |world| {
                 let mean = ops::metric_average(&world, 1e9 + world.rank() as f64, "loss").unwrap();
                 assert_eq!(mean, 1e9 + (size as f64 - 1.0) / 2.0);
             });

@@ -5,8 +5,8 @@ mod common;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use common::{Mlp, numbers, watched};
-use hvd_torch::{AdamW, DistributedOptimizer, Observer, ParamGroup, Phase, World};
+use common::{Mlp, numbers, ranks, watched};
+use hvd_torch::{AdamW, DistributedOptimizer, Observer, ParamGroup, Phase};
 use tch::Kind;
 
 /// What happened on a rank, in order.
@@ -45,7 +45,7 @@ impl Observer for Trace {
 fn the_first_bucket_is_on_the_wire_before_the_last_hook_fires() {
     watched(|| {
         for size in [2, 3] {
-            World::threads(size, |world| {
+            ranks(size, |world| {
                 let trace = Arc::new(Trace::default());
                 world.set_observer(Some(trace.clone()));
                 let mlp = Mlp::new(Kind::Float);

@@ -5,7 +5,17 @@
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
+use hvd_torch::World;
 use tch::{Device, Kind, Tensor};
+
+/// Runs `rank` on each of `size` ranks that are threads; they leave together.
+pub fn ranks<R: Send>(size: usize, rank: impl Fn(World) -> R + Sync) -> Vec<R> {
+    World::threads(size, |world| {
+        let result = rank(world.clone());
+        world.shutdown().unwrap();
+        result
+    })
+}
 
 /// Numbers in (-1, 1) that look random, the same for the same `seed`.
 pub fn numbers(size: &[i64], kind: Kind, seed: i64) -> Tensor {
