@@ -98,7 +98,7 @@ impl<O: Optimizer> Builder<O> {
         self.check()?;
         let params = self.optimizer.parameters();
         check_unique(&params)?;
-        let world = match self.world {
+        let world = match self.world.clone() {
             Some(world) => world,
             None => world()?,
         };
