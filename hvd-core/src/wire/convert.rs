@@ -11,7 +11,8 @@ use crate::dtype::DType;
 /// equal types it is a plain copy for a factor of 1, works for all of them, and integers ignore the factor.
 ///
 /// One rounding to the nearest, ties to even, after the multiplication, which happens in f32 if both types fit in it
-/// and in f64 otherwise. Too large becomes infinity, NaN stays NaN. Buffers need no alignment.
+/// and in f64 otherwise. Too large becomes infinity; a NaN stays one but loses sign and payload, except in a plain copy.
+/// Buffers need no alignment.
 ///
 /// # Panics
 /// If the types are none of those pairs, or the buffers do not hold equally many elements.

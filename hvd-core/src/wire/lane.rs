@@ -13,7 +13,8 @@ pub(crate) trait Lane: 'static {
     type Wide: Number;
     /// Reads an element.
     fn load(bytes: Self::Bytes) -> Self::Wide;
-    /// Rounds to an element.
+    /// Rounds to an element. Of a NaN neither sign nor payload is kept: which one a sum of two has depends on how the
+    /// compiler ordered the operands, so ranks would differ.
     fn store(value: Self::Wide) -> Self::Bytes;
 }
 
@@ -274,8 +275,8 @@ macro_rules! lane {
 
 lane!(F16: [u8; 2] => f32, |b| sixteen::widen_f16(u16::from_ne_bytes(b)), |v| sixteen::narrow_f16(v).to_ne_bytes());
 lane!(BF16: [u8; 2] => f32, |b| sixteen::widen_bf16(u16::from_ne_bytes(b)), |v| sixteen::narrow_bf16(v).to_ne_bytes());
-lane!(F32: [u8; 4] => f32, f32::from_ne_bytes, f32::to_ne_bytes);
-lane!(F64: [u8; 8] => f64, f64::from_ne_bytes, f64::to_ne_bytes);
+lane!(F32: [u8; 4] => f32, f32::from_ne_bytes, |v: f32| if v.is_nan() { f32::NAN } else { v }.to_ne_bytes());
+lane!(F64: [u8; 8] => f64, f64::from_ne_bytes, |v: f64| if v.is_nan() { f64::NAN } else { v }.to_ne_bytes());
 lane!(I32: [u8; 4] => i32, i32::from_ne_bytes, i32::to_ne_bytes);
 lane!(I64: [u8; 8] => i64, i64::from_ne_bytes, i64::to_ne_bytes);
 lane!(U8: [u8; 1] => u8, u8::from_ne_bytes, u8::to_ne_bytes);
