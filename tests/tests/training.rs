@@ -1,0 +1,217 @@
+//! The trainer as users run it: several processes, killed, resumed, and the same answer from any number of ranks.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hvd_tests::{Finished, Job, Launcher, binary, seed};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// A folder with prepared data and a configuration, for one test.
+struct Lab {
+    folder: tempfile::TempDir,
+}
+
+/// Columns of `metrics.csv` that must not differ between equal runs.
+#[derive(Debug, PartialEq, Clone)]
+struct Row {
+    phase: String,
+    step: u64,
+    loss: String,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let lab = Lab { folder: tempfile::tempdir().expect("a temporary folder") };
+        std::fs::write(lab.path("text.txt"), text()).expect("a text");
+        let data = lab.path("data");
+        let args = ["prepare", "--tokenizer", "byte", "--val-fraction", "0.1", "--input"].map(PathBuf::from);
+        let args = args.into_iter().chain([lab.path("text.txt"), "--output".into(), data]);
+        Job::new(binary("lm"), 1).args(args).run().assert_success();
+        std::fs::write(lab.path("config.yaml"), lab.config()).expect("a configuration");
+        lab
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn config(&self) -> String {
+        let folder = self.folder.path().display();
+        format!(
+            "model: {{d_model: 32, n_heads: 2, n_layers: 2, d_ff: 64, dropout: 0.0, max_seq_len: 16, vocab_size: auto}}\n\
+             training: {{max_steps: 100, per_gpu_batch_size: 4, global_batch_size: 24, learning_rate: 0.01, \
+             warmup_steps: 10, max_grad_norm: 0.5, log_interval: 1, save_interval: 20, eval_interval: 50, amp_dtype: fp32}}\n\
+             data: {{data_dir: {folder}/data}}\n\
+             paths: {{checkpoint_dir: {folder}/runs}}\n"
+        )
+    }
+
+    /// A training job whose run goes to `output`.
+    fn train(&self, ranks: usize, output: &str, sets: &[&str]) -> Job {
+        let sets = sets.iter().flat_map(|set| ["--set".to_string(), set.to_string()]);
+        let output = self.path(output);
+        Job::new(binary("train"), ranks)
+            .args(["--config".into(), self.path("config.yaml")])
+            .args(["--run_name".into(), "run".into(), "--output_dir".into(), output.into_os_string()])
+            .args(sets)
+            .limit(Duration::from_secs(300))
+    }
+
+    /// The one run folder in `output`.
+    fn run_folder(&self, output: &str) -> PathBuf {
+        let entries = std::fs::read_dir(self.path(output)).expect("an output folder");
+        let mut folders: Vec<_> = entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+        assert_eq!(folders.len(), 1, "expected one run folder: {folders:?}");
+        folders.remove(0)
+    }
+
+    fn metrics(&self, output: &str) -> Vec<Row> {
+        let path = self.run_folder(output).join("metrics.csv");
+        let text = std::fs::read_to_string(path).expect("metrics.csv");
+        let mut lines = text.lines();
+        let header = lines.next().expect("a header");
+        assert_eq!(header, "phase,epoch,update,global_step,lr,loss,perplexity,accuracy,throughput,wall_time");
+        let row = |line: &str| {
+            let cells: Vec<_> = line.split(',').collect();
+            Row { phase: cells[0].into(), step: cells[3].parse().expect("a step"), loss: cells[5].into() }
+        };
+        lines.map(row).collect()
+    }
+
+    fn train_losses(&self, output: &str) -> Vec<f64> {
+        let rows = self.metrics(output).into_iter().filter(|row| row.phase == "train");
+        rows.map(|row| row.loss.parse().expect("a loss")).collect()
+    }
+
+    fn weights(&self, output: &str) -> Vec<u8> {
+        std::fs::read(self.run_folder(output).join("final_model").join("model.safetensors")).expect("final weights")
+    }
+}
+
+/// About 40 kB with enough structure to learn from.
+fn text() -> String {
+    let mut random = ChaCha8Rng::seed_from_u64(1);
+    let words = ["king", "queen", "speaks", "to", "the", "crown", "and", "sword", "of", "night", "thou", "art"];
+    (0..8000).map(|_| words[random.random_range(0..words.len())]).collect::<Vec<_>>().join(" ")
+}
+
+fn assert_close(losses: &[f64], reference: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(losses.len(), reference.len(), "{what}");
+    for (step, (loss, expected)) in losses.iter().zip(reference).enumerate() {
+        assert!((loss - expected).abs() <= tolerance * expected, "{what}, step {}: {loss} {expected}", step + 1);
+    }
+}
+
+fn assert_same_on_any_number_of_ranks(amp_dtype: &str, tolerance: f64) {
+    let lab = Lab::new();
+    let set = format!("training.amp_dtype={amp_dtype}");
+    for ranks in [1, 2, 3, 4, 8] {
+        lab.train(ranks, &format!("ranks{ranks}"), &[&set]).run().assert_success();
+    }
+    let reference = lab.train_losses("ranks1");
+    assert_eq!(reference.len(), 100);
+    assert!(reference[0] - reference[99] > 1.0, "the loss fell from {} to {} only", reference[0], reference[99]);
+    for ranks in [2, 3, 4, 8] {
+        assert_close(&lab.train_losses(&format!("ranks{ranks}")), &reference, tolerance, &format!("{ranks} ranks"));
+    }
+}
+
+#[test]
+fn fp64_gives_the_same_losses_on_any_number_of_ranks() {
+    assert_same_on_any_number_of_ranks("fp64", 1e-9);
+}
+
+#[test]
+fn fp32_gives_the_same_losses_on_any_number_of_ranks() {
+    assert_same_on_any_number_of_ranks("fp32", 1e-4);
+}
+
+#[test]
+fn the_same_command_twice_gives_the_same_bits() {
+    let lab = Lab::new();
+    for output in ["first", "second"] {
+        lab.train(2, output, &["model.dropout=0.1"]).run().assert_success();
+    }
+    assert_eq!(lab.metrics("first"), lab.metrics("second"));
+    assert!(lab.weights("first") == lab.weights("second"), "the weights differ");
+}
+
+#[test]
+fn training_under_mpirun_and_without_shared_memory_gives_the_same_losses() {
+    let lab = Lab::new();
+    lab.train(2, "spawn", &[]).run().assert_success();
+    let reference = lab.train_losses("spawn");
+    for launcher in Launcher::available() {
+        let output = format!("{launcher:?}");
+        lab.train(2, &output, &[]).launcher(launcher).run().assert_success();
+        assert_eq!(lab.train_losses(&output), reference, "{launcher:?}");
+    }
+    lab.train(2, "tcp", &[]).var("HVD_SHM", 0).run().assert_success();
+    assert_close(&lab.train_losses("tcp"), &reference, 1e-4, "tcp");
+}
+
+/// Kills a rank (or all) of a running training somewhere before its end. Gives whether it was still running.
+fn kill_somewhere(job: Job, random: &mut ChaCha8Rng, ranks: usize, longest: Duration) -> Option<Finished> {
+    let running = job.start();
+    std::thread::sleep(longest.mul_f64(random.random::<f64>()));
+    let victim = random.random_range(0..ranks);
+    running.kill(victim);
+    let killed = std::time::Instant::now();
+    let finished = running.wait();
+    let survived = finished.statuses.iter().all(|status| status.success());
+    assert!(survived || killed.elapsed() < Duration::from_secs(10), "it took {:?}", killed.elapsed());
+    let others_failed = finished.statuses.iter().all(|status| !status.success());
+    assert!(survived || others_failed || finished.statuses[victim].success(), "{:?}", finished.statuses);
+    (!survived).then_some(finished)
+}
+
+#[test]
+fn a_killed_training_resumes_and_ends_bit_identical() {
+    let lab = Lab::new();
+    let ranks = 2;
+    let sets = ["model.dropout=0.1"];
+    let undisturbed = lab.train(ranks, "undisturbed", &sets).run();
+    undisturbed.assert_success();
+    let mut random = ChaCha8Rng::seed_from_u64(seed());
+    for _ in 0..10 {
+        let job = lab.train(ranks, "disturbed", &sets).args(["--resume", "auto"]);
+        if kill_somewhere(job, &mut random, ranks, undisturbed.elapsed).is_none() {
+            break;
+        }
+    }
+    lab.train(ranks, "disturbed", &sets).args(["--resume", "auto"]).run().assert_success();
+    assert_eq!(lab.metrics("disturbed"), lab.metrics("undisturbed"));
+    assert!(lab.weights("disturbed") == lab.weights("undisturbed"), "the weights differ");
+    assert_no_leftovers(&lab.run_folder("disturbed"));
+}
+
+/// Half-written checkpoints must be gone once a run has ended.
+fn assert_no_leftovers(run: &Path) {
+    let mut folders = vec![run.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            assert!(!name.contains("tmp"), "left behind: {name}");
+            if entry.path().is_dir() {
+                folders.push(entry.path());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_missing_checkpoint_is_an_error_on_all_ranks() {
+    let lab = Lab::new();
+    let finished = lab.train(2, "missing", &[]).args(["--resume", "no/such/checkpoint"]).run();
+    finished.assert_failure();
+    assert!(finished.stderr.contains("no/such/checkpoint"), "{}", finished.stderr);
+}
+
+#[test]
+fn a_wrong_setting_ends_all_ranks_with_one_explanation() {
+    let lab = Lab::new();
+    let finished = lab.train(2, "wrong", &["training.learning_rat=1"]).run();
+    finished.assert_failure();
+    assert!(finished.stderr.contains("learning_rate"), "{}", finished.stderr);
+}
