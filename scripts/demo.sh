@@ -5,7 +5,8 @@
 # usage: scripts/demo.sh [PROMPT]
 #
 # Environment:
-#   RANKS      how many processes train (default: the number of cores, at least 2, at most 8)
+#   RANKS      how many processes train (default: the number of cores, at least 2, at most 8,
+#              as far as the global batch divides by it)
 #   and what scripts/setup.sh reads, whose exit codes are passed on (scripts/setup.sh --help)
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
@@ -34,10 +35,16 @@ main() {
     summary "$prompt" "$ranks"
 }
 
+# As many as there are cores, at least 2, at most 8; fewer where the global batch does not divide by that number.
 default_ranks() {
-    local cores
-    cores=$(nproc)
-    echo $((cores < 2 ? 2 : cores > 8 ? 8 : cores))
+    local ranks batch
+    ranks=$(nproc)
+    ranks=$((ranks < 2 ? 2 : ranks > 8 ? 8 : ranks))
+    batch=$(sed -n 's/^ *global_batch_size: *\([0-9]*\).*/\1/p' $CONFIG)
+    while [ $((batch % ranks)) -ne 0 ]; do
+        ranks=$((ranks - 1))
+    done
+    echo $ranks
 }
 
 build() {

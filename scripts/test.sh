@@ -31,6 +31,7 @@ main() {
     mpirun_environment
     build
     cargo_tests
+    mpich_transport
     examples
     outside_package
     step "Result"
@@ -54,24 +55,28 @@ build() {
 
 have_mpich() { command -v mpicc.mpich >/dev/null && command -v mpirun.mpich >/dev/null; }
 
-# One test of ours: check NAME COMMAND…
+# One test of ours: check NAME [--says TEXT] COMMAND…
 check() {
-    local name=$1 start code=0
+    local name=$1 text='' start code=0
     shift
+    [ "$1" != --says ] || { text=$2 && shift 2; }
     start=$(now_us)
     timeout --kill-after=10 300 "$@" >"$CACHE/check.log" 2>&1 </dev/null || code=$?
-    if [ $code -eq 0 ]; then
+    if [ $code -eq 0 ] && grep -qF -- "$text" "$CACHE/check.log"; then
         PASSED=$((PASSED + 1))
         note "ok      $name ($(duration $(($(now_us) - start))))"
         return
     fi
+    case $code in
+        0) text="it does not say '$text'" ;;
+        124) text="it took more than 300 s" ;;
+        *) text="exit code $code" ;;
+    esac
     FAILED=$((FAILED + 1))
     FAILURES+=("$name")
-    note "FAILED  $name (exit code $code$([ $code -ne 124 ] || echo ', it took more than 300 s'))"
-    sed 's/^/        /' "$CACHE/check.log" | tail -n 40
+    note "FAILED  $name: $text"
+    tail -n 40 "$CACHE/check.log" | sed 's/^/        /'
 }
-
-skip() { note "skipped $1: $2"; }
 
 cargo_tests() {
     local code=0 passed failed
@@ -99,23 +104,34 @@ examples() {
         check "example $name, mpirun -np 2" mpirun -np 2 "$program"
         check "example $name, mpirun -np 3" mpirun -np 3 "$program"
         check "example $name, own spawn, 2 ranks" scripts/lib/spawn.sh 2 "$program"
-        if have_mpich; then
-            check "example $name, mpirun.mpich -np 2" mpirun.mpich -np 2 "$program"
-        else
-            skip "example $name, mpirun.mpich -np 2" "no MPICH here"
-        fi
+        with_mpich "example $name, mpirun.mpich -np 2" mpirun.mpich -np 2 "$program"
     done
     done_ "examples run"
 }
 
+# with_mpich NAME COMMAND…: a test that needs MPICH.
+with_mpich() {
+    if have_mpich; then check "$@"; else note "skipped $1: no MPICH here"; fi
+}
+
+# The conformance test that cargo runs for Open MPI's plugin, for the one that was built for MPICH.
+mpich_transport() {
+    local worker=("$TARGET/debug/hvd-worker" conformance --expect-backend mpi --seed 1) ranks
+    step "MPI transport under MPICH"
+    for ranks in 2 3; do
+        with_mpich "conformance of mpi, mpirun.mpich -np $ranks" env HVD_SHM=0 HVD_TRANSPORT=mpi \
+            HVD_MPI_PLUGIN="$TARGET/mpich/debug/libhvd_mpi.so" mpirun.mpich -np $ranks "${worker[@]}"
+    done
+    done_ "run"
+}
+
 # A package outside the workspace, as a user of the library has one.
 outside_package() {
-    local package=examples/own-trainer
-    [ -f $package/Cargo.toml ] || return 0
-    step "The package outside the workspace: $package"
-    cargo build --locked --manifest-path $package/Cargo.toml --target-dir "$TARGET"
+    step "The package outside the workspace: ${OUTSIDE#"$ROOT/"}"
+    outside_cargo build
     done_ "built"
-    check "own-trainer, mpirun -np 2" mpirun -np 2 "$TARGET/debug/own-trainer"
+    check "own-trainer alone" --says "on 1 ranks" "$TARGET/debug/own-trainer"
+    check "own-trainer, mpirun -np 2" --says "on 2 ranks" mpirun -np 2 "$TARGET/debug/own-trainer"
 }
 
 main "$@"

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hvd_core::Error;
 use hvd_core::Memory;
+use hvd_core::transport::tcp::{Meeting, TcpOptions, TcpTransport};
 use hvd_core::transport::thread::{Delays, ThreadTransport};
 use support::*;
 
@@ -16,6 +17,11 @@ fn thread_world(size: usize) -> Vec<Rank> {
 fn delayed_world(size: usize) -> Vec<Rank> {
     let delays = Delays { seed: 42, max_polls: 9 };
     ThreadTransport::world_with_delays(size, delays).into_iter().map(|rank| Box::new(rank) as Rank).collect()
+}
+
+fn tcp_world(size: usize) -> Vec<Rank> {
+    let meeting = Meeting::Unix { job: fresh_job() };
+    connect_all(size, |rank| TcpTransport::connect(identity(rank, size), &meeting, &TcpOptions::default()).unwrap())
 }
 
 /// The tests below, for one kind of world.
@@ -38,6 +44,7 @@ macro_rules! conformance {
 
 conformance!(thread, thread_world);
 conformance!(delayed_thread, delayed_world);
+conformance!(tcp, tcp_world);
 
 fn knows_who_it_is(world: fn(usize) -> Vec<Rank>) {
     for size in [1, 2, 5] {

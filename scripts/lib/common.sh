@@ -80,3 +80,15 @@ mpirun_environment() {
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
 }
+
+# cargo for the package outside the workspace that stands in for a user's. It builds with the workspace's profiles and target folder,
+# so that torch-sys, which takes minutes, is not built twice.
+# shellcheck disable=SC2034
+OUTSIDE=$ROOT/examples/own-trainer
+outside_cargo() {
+    local command=$1
+    shift
+    mkdir -p "$CACHE"
+    awk '/^\[/ { profile = /^\[profile\./ } profile' "$ROOT/Cargo.toml" >"$CACHE/profiles.toml"
+    cargo "$command" --locked --config "$CACHE/profiles.toml" --manifest-path "$OUTSIDE/Cargo.toml" --target-dir "$TARGET" "$@"
+}

@@ -77,7 +77,6 @@ impl Matching {
     }
 
     /// Whether a message is kept for this peer and tag.
-    #[allow(dead_code)]
     pub(crate) fn has_arrived(&self, peer: usize, tag: Tag) -> bool {
         self.arrived.contains_key(&(peer, tag))
     }
@@ -88,7 +87,6 @@ impl Matching {
     }
 
     /// Bytes of this peer that are kept.
-    #[allow(dead_code)]
     pub(crate) fn arrived_bytes(&self, peer: usize) -> usize {
         self.arrived_bytes[peer]
     }

@@ -1,6 +1,8 @@
 //! From environment variables to a world.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use super::{Backend, Inner, World};
 use crate::config::Config;
@@ -9,16 +11,27 @@ use crate::error::{Error, Result};
 use crate::shm::ShmGroup;
 use crate::topology::{Launch, Topology};
 use crate::transport::Transport;
+use crate::transport::tcp::{Identity, Meeting, Secret, TcpOptions, TcpTransport};
 use crate::transport::thread::ThreadTransport;
+
+/// Worlds that this process has been in: ranks of different generations never talk to each other.
+static GENERATION: AtomicU64 = AtomicU64::new(0);
 
 /// Meets the other ranks.
 pub(super) fn world(config: Config) -> Result<World> {
-    let Launch { launcher, topology, job } = Launch::from_env()?;
+    let launch = Launch::from_env()?;
+    let topology = launch.topology.clone();
     if topology.size == 1 {
         return Ok(wrap(topology, Backend::Solo, Arc::default(), None));
     }
-    let _ = (launcher, job, config);
-    Err(Error::Config("several processes need the tcp transport, which is to land".into()))
+    let generation = GENERATION.fetch_add(1, Ordering::Relaxed);
+    let identity = Identity { rank: topology.rank, size: topology.size, generation };
+    let mut transport = transport(&config, &launch, identity)?;
+    let shared = match config.shared_memory && topology.is_single_host() {
+        true => ShmGroup::form(&mut *transport, config.shm_slot_bytes, Instant::now() + config.start_timeout)?,
+        false => None,
+    };
+    start(transport, shared, topology, &config)
 }
 
 /// One rank of a world of threads.
@@ -52,4 +65,29 @@ fn start(
 
 fn wrap(topology: Topology, backend: Backend, observers: Arc<Observers>, engine: Option<Engine>) -> World {
     World(Arc::new(Inner { topology, backend, observers, engine, unnamed: Default::default() }))
+}
+
+/// The transport that the settings ask for, or else the first that can introduce the ranks to each other.
+fn transport(config: &Config, launch: &Launch, identity: Identity) -> Result<Box<dyn Transport>> {
+    let options = TcpOptions { bind: config.bind, start_timeout: config.start_timeout, ..TcpOptions::default() };
+    let meeting = meeting(config, launch)?;
+    match meeting {
+        Some(meeting) => Ok(Box::new(TcpTransport::connect(identity, &meeting, &options)?)),
+        None => Err(Error::Config(
+            "the ranks are on several hosts and nothing says where they meet; give all of them HVD_RENDEZVOUS=host:port \
+             (an address of rank 0's host), the same HVD_SECRET, and HVD_BIND=0.0.0.0 (or the address of one network)"
+                .into(),
+        )),
+    }
+}
+
+/// Where the ranks meet over sockets: at the address in the settings, or on their one host.
+fn meeting(config: &Config, launch: &Launch) -> Result<Option<Meeting>> {
+    match (&config.rendezvous, &config.secret) {
+        (Some(address), Some(secret)) => {
+            Ok(Some(Meeting::Tcp { address: address.clone(), secret: Secret::new(secret.as_str())? }))
+        }
+        _ if launch.topology.is_single_host() => Ok(Some(Meeting::Unix { job: launch.job.clone() })),
+        _ => Ok(None),
+    }
 }

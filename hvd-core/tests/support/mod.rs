@@ -2,9 +2,11 @@
 #![allow(dead_code)] // Each test binary uses a part.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use hvd_core::transport::tcp::{Identity, TcpTransport};
 use hvd_core::transport::{Request, Tag, Transport};
 use hvd_core::{Memory, Result};
 
@@ -36,6 +38,25 @@ pub fn on_each<R: Send>(world: Vec<Rank>, body: impl Fn(Rank) -> R + Sync) -> Ve
             .into_iter()
             .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             .collect()
+    })
+}
+
+/// A name that no other test and no other run has.
+pub fn fresh_job() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+pub fn identity(rank: usize, size: usize) -> Identity {
+    Identity { rank, size, generation: 0 }
+}
+
+/// Has all ranks of a world connect at the same time.
+pub fn connect_all(size: usize, connect: impl Fn(usize) -> TcpTransport + Sync) -> Vec<Rank> {
+    std::thread::scope(|scope| {
+        let connect = &connect;
+        let threads: Vec<_> = (0..size).map(|rank| scope.spawn(move || connect(rank))).collect();
+        threads.into_iter().map(|thread| Box::new(thread.join().expect("a rank cannot connect")) as Rank).collect()
     })
 }
 

@@ -1,0 +1,273 @@
+//! Reading frames off a connection, without blocking and with as few copies as can be.
+
+use std::io::{ErrorKind, Read};
+use std::net::TcpStream;
+
+use super::frame::{HEADER_BYTES, Header, Kind};
+use crate::error::{Error, Result};
+use crate::transport::Tag;
+use crate::transport::matching::{Matching, Posted, check_length};
+use crate::transport::requests::Requests;
+
+/// Size of the buffer through which headers and short payloads are read, in bytes.
+const STAGING_BYTES: usize = 64 << 10;
+
+/// By how much the buffer of an unexpected message grows ahead of its bytes: a length alone allocates no more.
+const GROWTH_BYTES: usize = 1 << 20;
+
+/// What the frames of all connections go into.
+pub(super) struct Inbox {
+    pub(super) matching: Matching,
+    pub(super) requests: Requests,
+    pub(super) generation: u64,
+    /// Bound on the messages of one peer that nobody waits for, in bytes.
+    pub(super) unexpected_limit_bytes: usize,
+    /// The first abort that a peer has sent: who failed, and why.
+    pub(super) abort: Option<(usize, String)>,
+    /// Whether a ring has come since the flag was last taken.
+    pub(super) rung: bool,
+}
+
+/// The reading half of a connection.
+pub(super) struct Incoming {
+    peer: usize,
+    staging: Box<[u8]>,
+    /// The part of `staging` that has been read but not taken in.
+    filled: std::ops::Range<usize>,
+    state: State,
+    /// Whether the peer has sent its last frame.
+    pub(super) goodbye: bool,
+}
+
+enum State {
+    Header { bytes: [u8; HEADER_BYTES], got: usize },
+    Payload { target: Target, got: usize, length: usize },
+}
+
+/// Where a payload goes.
+enum Target {
+    Posted(Posted),
+    Unexpected(Tag, Vec<u8>),
+    Cause(usize, Vec<u8>),
+}
+
+/// How a round of reading ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// Nothing more to read now.
+    Drained,
+    /// The budget is used up.
+    More,
+    /// The connection is closed; the text says how.
+    Closed(String),
+}
+
+impl Incoming {
+    pub(super) fn new(peer: usize) -> Self {
+        Incoming {
+            peer,
+            staging: vec![0; STAGING_BYTES].into_boxed_slice(),
+            filled: 0..0,
+            state: State::header(),
+            goodbye: false,
+        }
+    }
+
+    /// Reads up to about `budget` bytes. Gives whether anything came, and how it ended.
+    pub(super) fn read(&mut self, stream: &TcpStream, inbox: &mut Inbox, budget: usize) -> Result<(bool, End)> {
+        let mut total = 0;
+        while total < budget {
+            match self.read_once(stream) {
+                Ok(0) => return Ok((total > 0, End::Closed("connection closed without a goodbye".into()))),
+                Ok(count) => total += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok((total > 0, End::Drained)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Ok((total > 0, End::Closed(format!("connection lost: {error}")))),
+            }
+            self.take_in(inbox)?;
+        }
+        Ok((true, End::More))
+    }
+
+    /// A receive for the message that is arriving right now gets the bytes so far, and the rest straight from the
+    /// socket. Gives the receive back if that message is not the one.
+    pub(super) fn adopt(&mut self, tag: Tag, posted: Posted) -> Result<Option<Posted>> {
+        let State::Payload { target, got, length } = &mut self.state else { return Ok(Some(posted)) };
+        match target {
+            Target::Unexpected(its, bytes) if *its == tag => {
+                check_length(self.peer, tag, posted.into.len() as u64, *length as u64)?;
+                // SAFETY: the memory was given to the transport for writing until the request is complete.
+                let into = unsafe { posted.into.as_mut_slice() };
+                into[..*got].copy_from_slice(&bytes[..*got]);
+                *target = Target::Posted(posted);
+                Ok(None)
+            }
+            _ => Ok(Some(posted)),
+        }
+    }
+
+    /// Lets go of the memory of a receive under way. Nothing can be read afterwards.
+    pub(super) fn release(&mut self) {
+        self.state = State::header();
+        self.filled = 0..0;
+    }
+
+    /// One read: long payloads straight to where they belong, the rest into the staging buffer.
+    fn read_once(&mut self, mut stream: &TcpStream) -> std::io::Result<usize> {
+        if let State::Payload { target, got, length } = &mut self.state
+            && *length - *got >= STAGING_BYTES
+        {
+            let count = stream.read(target.room(*got, *length))?;
+            *got += count;
+            return Ok(count);
+        }
+        let count = stream.read(&mut self.staging)?;
+        self.filled = 0..count;
+        Ok(count)
+    }
+
+    /// Takes in all that is staged.
+    fn take_in(&mut self, inbox: &mut Inbox) -> Result<()> {
+        loop {
+            let staged = &self.staging[self.filled.clone()];
+            let taken = match &mut self.state {
+                State::Header { bytes, got } => {
+                    let count = staged.len().min(HEADER_BYTES - *got);
+                    bytes[*got..*got + count].copy_from_slice(&staged[..count]);
+                    *got += count;
+                    count
+                }
+                State::Payload { target, got, length } => target.append(staged, got, *length),
+            };
+            self.filled.start += taken;
+            if !self.finish_stage(inbox)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Goes on to the next state if this one has all its bytes; gives whether it did.
+    fn finish_stage(&mut self, inbox: &mut Inbox) -> Result<bool> {
+        match &self.state {
+            State::Header { bytes, got: HEADER_BYTES } => {
+                let header = Header::decode(bytes).map_err(|detail| self.violation(detail))?;
+                self.state = self.begin(header, inbox)?;
+            }
+            State::Payload { got, length, .. } if got == length => {
+                if let State::Payload { target, .. } = std::mem::replace(&mut self.state, State::header()) {
+                    target.finish(self.peer, inbox);
+                }
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// What a header calls for.
+    fn begin(&mut self, header: Header, inbox: &mut Inbox) -> Result<State> {
+        if header.generation != inbox.generation {
+            let (theirs, ours) = (header.generation, inbox.generation);
+            return Err(self.violation(format!("a frame of generation {theirs} in generation {ours} of the world")));
+        }
+        if self.goodbye {
+            return Err(self.violation("a frame after the goodbye".into()));
+        }
+        let target = match header.kind {
+            Kind::Ring => {
+                inbox.rung = true;
+                return Ok(State::header());
+            }
+            Kind::Goodbye => {
+                self.goodbye = true;
+                return Ok(State::header());
+            }
+            Kind::Abort => Target::Cause(header.tag.channel as usize, Vec::new()),
+            Kind::Data => self.target_of(header, inbox)?,
+        };
+        let length = usize::try_from(header.length).map_err(|_| self.violation("a length beyond all memory".into()))?;
+        Ok(State::Payload { target, got: 0, length })
+    }
+
+    fn target_of(&self, header: Header, inbox: &mut Inbox) -> Result<Target> {
+        if let Some(posted) = inbox.matching.take_posted(self.peer, header.tag) {
+            check_length(self.peer, header.tag, posted.into.len() as u64, header.length)?;
+            return Ok(Target::Posted(posted));
+        }
+        let kept = inbox.matching.arrived_bytes(self.peer) as u64;
+        if kept.saturating_add(header.length) > inbox.unexpected_limit_bytes as u64 {
+            return Err(self.violation(format!(
+                "a message of {} bytes that nobody waits for, with {kept} bytes kept already, exceeds the limit of {} \
+                 (TcpOptions::unexpected_limit_bytes)",
+                header.length, inbox.unexpected_limit_bytes
+            )));
+        }
+        Ok(Target::Unexpected(header.tag, Vec::new()))
+    }
+
+    fn violation(&self, detail: String) -> Error {
+        Error::Protocol { peer: format!("rank {}", self.peer), detail }
+    }
+}
+
+impl State {
+    fn header() -> Self {
+        State::Header { bytes: [0; HEADER_BYTES], got: 0 }
+    }
+}
+
+impl Target {
+    /// Room for the bytes from `got` on, at least one if any are missing.
+    fn room(&mut self, got: usize, length: usize) -> &mut [u8] {
+        match self {
+            Target::Posted(posted) => {
+                // SAFETY: the memory was given to the transport for writing until the request is complete.
+                let into = unsafe { posted.into.as_mut_slice() };
+                &mut into[got..length]
+            }
+            Target::Unexpected(_, bytes) | Target::Cause(_, bytes) => {
+                if bytes.len() == got {
+                    bytes.resize(length.min(got.saturating_add(GROWTH_BYTES)), 0);
+                }
+                let end = bytes.len().min(length);
+                &mut bytes[got..end]
+            }
+        }
+    }
+
+    /// Copies staged bytes in and gives how many.
+    fn append(&mut self, staged: &[u8], got: &mut usize, length: usize) -> usize {
+        let mut taken = 0;
+        while taken < staged.len() && *got < length {
+            let room = self.room(*got, length);
+            let count = room.len().min(staged.len() - taken);
+            room[..count].copy_from_slice(&staged[taken..taken + count]);
+            *got += count;
+            taken += count;
+        }
+        taken
+    }
+
+    /// The payload is complete.
+    fn finish(self, peer: usize, inbox: &mut Inbox) {
+        match self {
+            Target::Posted(posted) => inbox.requests.complete(posted.request),
+            Target::Unexpected(tag, bytes) => inbox.matching.keep(peer, tag, bytes),
+            Target::Cause(rank, cause) => {
+                inbox.abort.get_or_insert_with(|| (rank, String::from_utf8_lossy(&cause).into_owned()));
+            }
+        }
+    }
+}
+
+impl Inbox {
+    /// Meets a receive with what has arrived; gives it back if it has to wait.
+    pub(super) fn meet(&mut self, peer: usize, tag: Tag, posted: Posted) -> Result<Option<Posted>> {
+        if !self.matching.has_arrived(peer, tag) {
+            return Ok(Some(posted));
+        }
+        let request = posted.request;
+        self.matching.post(peer, tag, posted)?;
+        self.requests.complete(request);
+        Ok(None)
+    }
+}

@@ -1,0 +1,131 @@
+//! The connection to one peer: its socket with both halves, and what the epoll set watches it for.
+
+use std::net::{Shutdown, TcpStream};
+use std::time::Duration;
+
+use rustix::net::sockopt;
+
+use super::TcpOptions;
+use super::bell::Bell;
+use super::incoming::{End, Inbox, Incoming};
+use super::outgoing::Outgoing;
+use crate::error::{Error, Result};
+
+/// Most bytes to read or write on one connection before the others have their turn.
+const BUDGET_BYTES: usize = 8 << 20;
+
+/// A silent connection is asked for a sign of life after this time, and given up after three more unanswered.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// How long the kernel repeats unacknowledged bytes before the connection is lost.
+const USER_TIMEOUT: Duration = Duration::from_secs(40);
+
+/// The connection to one peer.
+pub(super) struct Link {
+    pub(super) peer: usize,
+    stream: TcpStream,
+    pub(super) incoming: Incoming,
+    pub(super) outgoing: Outgoing,
+    /// Whether the epoll set watches for room to write.
+    watches_writable: bool,
+    /// How the connection has ended, if it has.
+    pub(super) closed: Option<String>,
+}
+
+impl Link {
+    pub(super) fn new(
+        peer: usize,
+        stream: TcpStream,
+        generation: u64,
+        options: &TcpOptions,
+        bell: &Bell,
+    ) -> Result<Self> {
+        configure(&stream, options)
+            .map_err(|error| Error::io(format!("preparing the socket to rank {peer}"), error))?;
+        bell.add(peer, &stream)?;
+        Ok(Link {
+            peer,
+            stream,
+            incoming: Incoming::new(peer),
+            outgoing: Outgoing::new(generation),
+            watches_writable: false,
+            closed: None,
+        })
+    }
+
+    /// Writes what can be written, and has the epoll set tell when the rest can; gives whether anything went out.
+    pub(super) fn flush(&mut self, inbox: &mut Inbox, bell: &Bell) -> Result<bool> {
+        let moved = self.outgoing.flush(&self.stream, &mut inbox.requests, BUDGET_BYTES);
+        let wants = self.outgoing.is_pending() && !self.outgoing.broken;
+        if wants != self.watches_writable && self.closed.is_none() {
+            bell.watch_writable(self.peer, &self.stream, wants)?;
+            self.watches_writable = wants;
+        }
+        Ok(moved)
+    }
+
+    /// Writes what can be written, for a link that the epoll set need not tell of any more.
+    pub(super) fn flush_last(&mut self, inbox: &mut Inbox) {
+        self.outgoing.flush(&self.stream, &mut inbox.requests, usize::MAX);
+    }
+
+    /// Reads what has come, up to the budget; gives whether anything has.
+    pub(super) fn read(&mut self, inbox: &mut Inbox, bell: &Bell) -> Result<bool> {
+        if self.closed.is_some() {
+            return Ok(false);
+        }
+        let (moved, end) = self.incoming.read(&self.stream, inbox, BUDGET_BYTES)?;
+        match end {
+            End::Closed(how) => self.close(how, bell),
+            End::Drained if self.outgoing.broken => self.close("connection lost while sending".into(), bell),
+            End::Drained | End::More => {}
+        }
+        Ok(moved)
+    }
+
+    /// Whether a flush could be worth a try, for all that is known.
+    pub(super) fn is_writable(&self) -> bool {
+        self.outgoing.is_pending() && !self.watches_writable && !self.outgoing.broken && self.closed.is_none()
+    }
+
+    /// Whether this rank's frames are all out, or can never be.
+    pub(super) fn is_flushed(&self) -> bool {
+        !self.outgoing.is_pending() || self.outgoing.broken || self.closed.is_some()
+    }
+
+    /// Ends our direction: the peer sees the end after all frames.
+    pub(super) fn shutdown_write(&self) {
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    pub(super) fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    /// Lets go of all memory of operations.
+    pub(super) fn release(&mut self) {
+        self.incoming.release();
+        self.outgoing.release();
+    }
+
+    fn close(&mut self, how: String, bell: &Bell) {
+        bell.remove(&self.stream);
+        self.outgoing.release();
+        self.closed = Some(how);
+    }
+}
+
+fn configure(stream: &TcpStream, options: &TcpOptions) -> std::io::Result<()> {
+    stream.set_nonblocking(true)?;
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE)?;
+    sockopt::set_tcp_keepcnt(stream, 3)?;
+    sockopt::set_tcp_user_timeout(stream, USER_TIMEOUT.as_millis() as u32)?;
+    if let Some(bytes) = options.socket_buffer_bytes {
+        sockopt::set_socket_send_buffer_size(stream, bytes)?;
+        sockopt::set_socket_recv_buffer_size(stream, bytes)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! Rank 0's side of the meeting.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+use super::doorman::Doorman;
+use super::lifeline::{Guest, Lifeline};
+use super::note::Note;
+use super::proof::{self, Claim, Key, Purpose};
+use super::stream::{Listener, Stream};
+use super::{Identity, Meeting, PROTOCOL_VERSION, Roster, guest, random_bytes, rendezvous};
+use crate::error::{Error, Result};
+
+/// How long rank 0 waits for a predecessor to leave the meeting point.
+const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long sending the roster to one rank may take.
+const ROSTER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A caller that has proved to belong to the job.
+struct Caller {
+    stream: Stream,
+    hello: Note,
+}
+
+/// Gathers all ranks and sends them the roster.
+pub(super) fn host(
+    identity: Identity,
+    meeting: &Meeting,
+    address: SocketAddr,
+    deadline: Instant,
+) -> Result<(Roster, Lifeline)> {
+    let doorman = open(identity, meeting, deadline)?;
+    let mut lifeline = Lifeline::Host(Vec::new());
+    let mut addresses = vec![None; identity.size];
+    addresses[0] = Some(address);
+    let seed = random_bytes()?;
+    let gathered = receive_all(identity, meeting, &doorman, &mut lifeline, &mut addresses, deadline)
+        .and_then(|()| send_roster(&mut lifeline, &addresses, seed));
+    gathered.inspect_err(|error| lifeline.tell_failure(0, error))?;
+    let addresses = addresses.into_iter().flatten().collect();
+    Ok((Roster { addresses, key: mesh_key(meeting, &seed) }, lifeline))
+}
+
+/// The key of the mesh: who listens on the wire hears the seed, but not the secret.
+pub(super) fn mesh_key(meeting: &Meeting, seed: &[u8; 32]) -> Key {
+    match meeting {
+        Meeting::Unix { .. } => Key::new(seed),
+        Meeting::Tcp { secret, .. } => Key::new(&secret.0).derive(seed),
+    }
+}
+
+fn receive_all(
+    identity: Identity,
+    meeting: &Meeting,
+    doorman: &Doorman<Caller>,
+    lifeline: &mut Lifeline,
+    addresses: &mut [Option<SocketAddr>],
+    deadline: Instant,
+) -> Result<()> {
+    while addresses.iter().any(Option::is_none) {
+        if Instant::now() >= deadline {
+            return Err(missing(meeting, addresses));
+        }
+        let positions = doorman.wait(&lifeline.streams(), deadline)?;
+        lifeline.hear(&positions)?;
+        while let Some(caller) = doorman.next() {
+            admit(identity, caller, lifeline, addresses)?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes a rank in, or fails the start of all if it cannot belong to this world.
+fn admit(
+    identity: Identity,
+    mut caller: Caller,
+    lifeline: &mut Lifeline,
+    addresses: &mut [Option<SocketAddr>],
+) -> Result<()> {
+    let Note::Hello { version, rank, size, generation, listener } = caller.hello else {
+        return Ok(()); // The greeting lets nothing else through.
+    };
+    let fault = if version != PROTOCOL_VERSION {
+        format!(
+            "rank {rank} speaks version {version} of the protocol, rank 0 version {PROTOCOL_VERSION}; run one build"
+        )
+    } else if generation != identity.generation {
+        format!("rank {rank} is in generation {generation} of the world, rank 0 in {}", identity.generation)
+    } else if size != identity.size {
+        format!(
+            "rank {rank} believes in a world of {size}, rank 0 in one of {}; give all ranks the same size",
+            identity.size
+        )
+    } else if rank >= size {
+        format!("rank {rank} cannot be in a world of {size}")
+    } else if addresses[rank].is_some() {
+        format!("two processes say that they are rank {rank}; give each its own, or each job its own meeting point")
+    } else {
+        addresses[rank] = Some(listener);
+        if let Lifeline::Host(guests) = lifeline {
+            guests.push(Guest { rank, stream: caller.stream, ready: false });
+        }
+        return Ok(());
+    };
+    let _ = Note::Failed { text: fault.clone() }.send(&mut caller.stream, Instant::now() + ROSTER_TIMEOUT);
+    Err(rendezvous(fault))
+}
+
+fn send_roster(lifeline: &mut Lifeline, addresses: &[Option<SocketAddr>], seed: [u8; 32]) -> Result<()> {
+    let Lifeline::Host(guests) = lifeline else { return Ok(()) };
+    let note = Note::Roster { addresses: addresses.iter().flatten().copied().collect(), seed };
+    for guest in guests {
+        note.send(&mut guest.stream, Instant::now() + ROSTER_TIMEOUT)
+            .map_err(|error| rendezvous(format!("lost rank {} during the start: {error}", guest.rank)))?;
+    }
+    Ok(())
+}
+
+fn missing(meeting: &Meeting, addresses: &[Option<SocketAddr>]) -> Error {
+    let missing: Vec<_> = (0..addresses.len()).filter(|rank| addresses[*rank].is_none()).collect();
+    let what = match meeting {
+        Meeting::Unix { job } => format!("they run on this host, as this user, for the job `{job}`"),
+        Meeting::Tcp { address, .. } => format!("they can reach {address} and have the same secret"),
+    };
+    rendezvous(format!(
+        "of {} ranks these did not come in time: {missing:?}; check that they were started and that {what} \
+         (HVD_START_TIMEOUT sets how long to wait)",
+        addresses.len()
+    ))
+}
+
+/// Opens the meeting point.
+fn open(identity: Identity, meeting: &Meeting, deadline: Instant) -> Result<Doorman<Caller>> {
+    match meeting {
+        Meeting::Unix { job } => {
+            let listener = listen_unix(identity, job, deadline)?;
+            Doorman::new(listener, greet_unix)
+        }
+        Meeting::Tcp { address, secret } => {
+            let listener = TcpListener::bind(address.as_str())
+                .and_then(Listener::tcp)
+                .map_err(|error| rendezvous(format!("rank 0 cannot listen on {address}: {error}")))?;
+            let key = Key::new(&secret.0);
+            let generation = identity.generation;
+            Doorman::new(listener, move |stream, deadline| greet_tcp(stream, &key, generation, deadline))
+        }
+    }
+}
+
+/// Listens on the job's name, which a world that is just ending may still hold.
+fn listen_unix(identity: Identity, job: &str, deadline: Instant) -> Result<Listener> {
+    let deadline = deadline.min(Instant::now() + PREDECESSOR_TIMEOUT);
+    loop {
+        let listener = std::os::unix::net::SocketAddr::from_abstract_name(guest::abstract_name(identity, job))
+            .and_then(|address| UnixListener::bind_addr(&address))
+            .and_then(Listener::unix);
+        match listener {
+            Ok(listener) => return Ok(listener),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                return Err(rendezvous(format!(
+                    "another process holds the meeting point of the job `{job}`; give each job its own (HVD_JOB_ID)"
+                )));
+            }
+            Err(error) => return Err(Error::io("listening on a Unix socket", error)),
+        }
+    }
+}
+
+fn greet_unix(mut stream: Stream, deadline: Instant) -> io::Result<Caller> {
+    guest::check_user(&stream)?;
+    let hello = receive_hello(&mut stream, deadline)?;
+    Ok(Caller { stream, hello })
+}
+
+fn greet_tcp(mut stream: Stream, key: &Key, generation: u64, deadline: Instant) -> io::Result<Caller> {
+    let expected = Claim { purpose: Purpose::Meeting, generation, caller: 0, callee: 0 };
+    let caller = proof::as_callee(&mut stream, key, expected, deadline)?;
+    let hello = receive_hello(&mut stream, deadline)?;
+    match hello {
+        Note::Hello { rank, .. } if rank == caller => Ok(Caller { stream, hello }),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the caller says two ranks")),
+    }
+}
+
+fn receive_hello(stream: &mut Stream, deadline: Instant) -> io::Result<Note> {
+    match Note::receive(stream, deadline)? {
+        hello @ Note::Hello { .. } => Ok(hello),
+        other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("{other:?} instead of a hello"))),
+    }
+}
