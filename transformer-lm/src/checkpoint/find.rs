@@ -80,13 +80,11 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     if path.join("state.json").exists() {
         return Ok(path.to_path_buf());
     }
-    for folder in [path.to_path_buf(), path.join("checkpoints")] {
-        if folder.join("best_model/state.json").is_file() {
-            return Ok(folder.join("best_model"));
-        }
-        if let Some((newest, _)) = find_newest(&folder)?.newest {
-            return Ok(newest);
-        }
+    if path.join("best_model/state.json").is_file() {
+        return Ok(path.join("best_model"));
+    }
+    if let Some((newest, _)) = find_newest(path)?.newest {
+        return Ok(newest);
     }
     let mut runs: Vec<PathBuf> =
         std::fs::read_dir(path).map_err(Error::io("list", path))?.flatten().map(|e| e.path()).collect();

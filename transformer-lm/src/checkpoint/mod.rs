@@ -1,7 +1,7 @@
 //! Checkpoints: folders that are either whole or not there.
 //!
 //! ```text
-//! checkpoints/
+//! runs/20260131_093000_demo/        the run's folder
 //!   checkpoint_epoch1_step500/      every `save_interval` updates; the newest `keep_checkpoints` stay
 //!   checkpoint_epoch1/              at the end of an epoch
 //!   best_model/                     lowest validation loss so far

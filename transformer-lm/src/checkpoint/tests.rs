@@ -116,11 +116,11 @@ fn a_run_or_a_folder_of_runs_stands_for_its_checkpoint() {
     assert!(resolve(folder.path()).unwrap_err().to_string().contains("neither a checkpoint nor a run"));
     assert!(resolve(&folder.path().join("none")).unwrap_err().to_string().contains("no such folder"));
     let run = folder.path().join("20260101_000000_demo");
-    let newest = save(&run.join("checkpoints"), "checkpoint_epoch1_step3", 3);
+    let newest = save(&run, "checkpoint_epoch1_step3", 3);
     std::fs::write(run.join("run_metadata.json"), "[]").unwrap();
     for path in [folder.path(), &run, &newest] {
         assert_eq!(resolve(path).unwrap(), newest);
     }
-    let best = save(&run.join("checkpoints"), "best_model", 2);
+    let best = save(&run, "best_model", 2);
     assert_eq!(resolve(folder.path()).unwrap(), best);
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Parser;
 
 use crate::Result;
-use crate::config::Config;
+use crate::config::{Config, PathsSection};
 use crate::trainer::{Resume, launched_rank, run_distributed_training};
 
 const EXAMPLES: &str = "\
@@ -39,7 +39,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "NAME", default_value = "gpt")]
     run_name: String,
 
-    /// Folder that holds the runs' folders; overrides paths.output_dir
+    /// Folder that holds the runs' folders; overrides the section paths
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
 
@@ -59,7 +59,7 @@ pub struct TrainArgs {
 pub fn run(args: TrainArgs) -> Result<()> {
     let mut config = Config::load(Some(&args.config), &args.overrides)?;
     if let Some(folder) = args.output_dir {
-        config.paths.output_dir = folder;
+        config.paths = PathsSection { checkpoint_dir: folder, ..Default::default() };
     }
     if args.print_config {
         if launched_rank() == 0 {

@@ -210,29 +210,21 @@ impl Default for GenerationSection {
     }
 }
 
-/// Section `paths`: where runs are recorded. The last three are relative to the run's folder; an absolute one gets a
-/// subfolder with the run folder's name.
+/// Section `paths`: where runs are recorded.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PathsSection {
-    /// Holds the folders of runs, `<timestamp>_<run name>`.
-    pub output_dir: PathBuf,
-    /// Checkpoints.
+    /// Holds the folders of runs, `<timestamp>_<run name>`, each with its checkpoints. `--output_dir` overrides it.
     pub checkpoint_dir: PathBuf,
-    /// `metrics.csv`.
-    pub log_dir: PathBuf,
-    /// TensorBoard's event files.
-    pub tensorboard_dir: PathBuf,
+    /// Where `metrics.csv` goes, in a subfolder with the run folder's name; null: into the run's folder.
+    pub log_dir: Option<PathBuf>,
+    /// The same for TensorBoard's event files; null: `tensorboard` in the run's folder.
+    pub tensorboard_dir: Option<PathBuf>,
 }
 
 impl Default for PathsSection {
     fn default() -> Self {
-        PathsSection {
-            output_dir: "runs".into(),
-            checkpoint_dir: "checkpoints".into(),
-            log_dir: ".".into(),
-            tensorboard_dir: "tensorboard".into(),
-        }
+        PathsSection { checkpoint_dir: "runs".into(), log_dir: None, tensorboard_dir: None }
     }
 }
 

@@ -10,6 +10,7 @@ const POSITIVE: &str = "a number greater than 0";
 const NOT_NEGATIVE: &str = "a number of at least 0";
 const SWITCH: &str = "true or false";
 const PATH: &str = "a path";
+const PATH_OR_NULL: &str = "a path, or null";
 
 /// Every key with what its value has to be.
 pub(super) const EXPECTED: &[(&str, &str)] = &[
@@ -49,10 +50,9 @@ pub(super) const EXPECTED: &[(&str, &str)] = &[
     ("generation.top_k", "a whole number of at least 0 (0 turns it off)"),
     ("generation.top_p", "a number greater than 0 and at most 1"),
     ("generation.num_samples", COUNT),
-    ("paths.output_dir", PATH),
     ("paths.checkpoint_dir", PATH),
-    ("paths.log_dir", PATH),
-    ("paths.tensorboard_dir", PATH),
+    ("paths.log_dir", PATH_OR_NULL),
+    ("paths.tensorboard_dir", PATH_OR_NULL),
     ("distributed.horovod_compression", "one of none, fp16, bf16"),
     ("seed", COUNT_OR_ZERO),
 ];
@@ -112,7 +112,7 @@ fn out_of_range(config: &Config) -> Option<&'static str> {
         ("generation.top_p", generation.top_p > 0.0 && generation.top_p <= 1.0),
         ("generation.num_samples", generation.num_samples >= 1),
         ("data.data_dir", !config.data.data_dir.as_os_str().is_empty()),
-        ("paths.output_dir", !paths.output_dir.as_os_str().is_empty()),
+        ("paths.checkpoint_dir", !paths.checkpoint_dir.as_os_str().is_empty()),
     ];
     checks.into_iter().find(|(_, fine)| !fine).map(|(path, _)| path)
 }

@@ -11,10 +11,8 @@ const STAMP: usize = 15;
 /// Where a run keeps what.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunFolder {
-    /// `<timestamp>_<run name>`.
+    /// `<timestamp>_<run name>`; holds the checkpoints.
     pub root: PathBuf,
-    /// Holds the checkpoints.
-    pub checkpoints: PathBuf,
     /// Holds `metrics.csv`.
     pub logs: PathBuf,
     /// Holds TensorBoard's files.
@@ -28,10 +26,10 @@ impl RunFolder {
     /// [`Error::Config`] for a name that cannot be a folder's; [`Error::Io`].
     pub fn create(paths: &PathsSection, run_name: &str) -> Result<RunFolder> {
         check_name(run_name)?;
-        std::fs::create_dir_all(&paths.output_dir).map_err(Error::io("create", &paths.output_dir))?;
+        std::fs::create_dir_all(&paths.checkpoint_dir).map_err(Error::io("create", &paths.checkpoint_dir))?;
         let mut time = jiff::Zoned::now();
         loop {
-            let root = paths.output_dir.join(format!("{}_{run_name}", time.strftime("%Y%m%d_%H%M%S")));
+            let root = paths.checkpoint_dir.join(format!("{}_{run_name}", time.strftime("%Y%m%d_%H%M%S")));
             match std::fs::create_dir(&root) {
                 Ok(()) => return RunFolder::at(root, paths).with_folders(),
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
@@ -42,35 +40,29 @@ impl RunFolder {
         }
     }
 
-    /// The newest run of that name below `paths.output_dir`, if there is one.
+    /// The newest run of that name below `paths.checkpoint_dir`, if there is one.
     pub fn newest(paths: &PathsSection, run_name: &str) -> Option<RunFolder> {
-        let entries = std::fs::read_dir(&paths.output_dir).ok()?;
+        let entries = std::fs::read_dir(&paths.checkpoint_dir).ok()?;
         let names =
             entries.flatten().filter(|entry| entry.path().is_dir()).filter_map(|e| e.file_name().into_string().ok());
         let newest = names.filter(|name| name_of_run(name) == Some(run_name)).max()?;
-        Some(RunFolder::at(paths.output_dir.join(newest), paths))
+        Some(RunFolder::at(paths.checkpoint_dir.join(newest), paths))
     }
 
-    /// The run that a checkpoint belongs to: the nearest folder above it with a `run_metadata.json`, or, where checkpoints
-    /// are kept apart, the one in `paths.output_dir` that the checkpoint's folder is named after.
+    /// The run that a checkpoint belongs to: the folder above it, if that is a run's.
     pub fn of_checkpoint(paths: &PathsSection, checkpoint: &Path) -> Option<RunFolder> {
-        let is_run = |folder: &&Path| folder.join("run_metadata.json").is_file();
-        if let Some(root) = checkpoint.ancestors().find(is_run) {
-            return Some(RunFolder::at(root.to_path_buf(), paths));
-        }
-        let root = paths.output_dir.join(checkpoint.parent()?.file_name()?);
-        is_run(&root.as_path()).then(|| RunFolder::at(root, paths))
+        let root = checkpoint.parent()?;
+        root.join("run_metadata.json").is_file().then(|| RunFolder::at(root.to_path_buf(), paths))
     }
 
     /// The layout of a run in `root`.
     pub fn at(root: PathBuf, paths: &PathsSection) -> RunFolder {
-        let place = |path: &Path| match root.file_name() {
-            Some(name) if path.is_absolute() => path.join(name),
-            _ if path == Path::new(".") => root.clone(),
-            _ => root.join(path),
-        };
-        let (checkpoints, logs) = (place(&paths.checkpoint_dir), place(&paths.log_dir));
-        RunFolder { checkpoints, logs, tensorboard: place(&paths.tensorboard_dir), root }
+        let apart = |folder: &PathBuf| Some(folder.join(root.file_name()?));
+        RunFolder {
+            logs: paths.log_dir.as_ref().and_then(apart).unwrap_or_else(|| root.clone()),
+            tensorboard: paths.tensorboard_dir.as_ref().and_then(apart).unwrap_or_else(|| root.join("tensorboard")),
+            root,
+        }
     }
 
     /// Makes the folders that are not there.
@@ -78,7 +70,7 @@ impl RunFolder {
     /// # Errors
     /// [`Error::Io`].
     pub fn with_folders(self) -> Result<RunFolder> {
-        for folder in [&self.checkpoints, &self.logs, &self.tensorboard] {
+        for folder in [&self.logs, &self.tensorboard] {
             std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         }
         Ok(self)
@@ -107,7 +99,7 @@ mod tests {
     #[test]
     fn the_newest_run_of_a_name_is_found() {
         let folder = tempfile::tempdir().unwrap();
-        let paths = PathsSection { output_dir: folder.path().into(), ..Default::default() };
+        let paths = PathsSection { checkpoint_dir: folder.path().into(), ..Default::default() };
         assert_eq!(RunFolder::newest(&paths, "demo"), None);
         for name in ["20260101_000000_demo", "20260102_000000_demo", "20260103_000000_my_demo", "zz_demo"] {
             std::fs::create_dir(folder.path().join(name)).unwrap();
@@ -120,11 +112,11 @@ mod tests {
     }
 
     #[test]
-    fn absolute_folders_are_kept_apart_by_run() {
-        let paths = PathsSection { checkpoint_dir: "/ckpt".into(), ..Default::default() };
+    fn folders_that_lie_apart_have_one_for_each_run() {
+        let paths = PathsSection { log_dir: Some("/logs".into()), ..Default::default() };
         let run = RunFolder::at("runs/20260101_000000_demo".into(), &paths);
-        assert_eq!(run.checkpoints, Path::new("/ckpt/20260101_000000_demo"));
-        assert_eq!(run.logs, run.root);
+        assert_eq!(run.logs, Path::new("/logs/20260101_000000_demo"));
+        assert_eq!(run.tensorboard, run.root.join("tensorboard"));
     }
 
     #[test]

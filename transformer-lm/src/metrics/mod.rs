@@ -6,7 +6,7 @@
 //!   run_metadata.json               when, where, on what (one entry per start)
 //!   metrics.csv                     one row per log line and per validation
 //!   tensorboard/                    the same for TensorBoard
-//!   checkpoints/                    see crate::checkpoint
+//!   best_model/, final_model/, …    see crate::checkpoint
 //! ```
 
 mod csv;

@@ -31,7 +31,6 @@ impl Journal {
         state: &CheckpointState,
         total: u64,
     ) -> Result<Journal> {
-        checkpoint::clean_leftovers(&run.checkpoints)?;
         checkpoint::clean_leftovers(&run.root)?;
         checkpoint::clean_leftovers(&run.logs)?;
         checkpoint::write_atomically(&run.root.join("config_used.yaml"), config.to_yaml().as_bytes())?;
@@ -99,7 +98,7 @@ impl Journal {
         let epoch = if at_edge { state.epoch } else { state.epoch + 1 };
         if every > 0 && state.global_step.is_multiple_of(every) {
             self.save_or_warn(&format!("checkpoint_epoch{epoch}_step{}", state.global_step), state, learner);
-            checkpoint::prune(&self.run.checkpoints, self.config.training.keep_checkpoints)?;
+            checkpoint::prune(&self.run.root, self.config.training.keep_checkpoints)?;
         }
         if at_edge {
             self.save_or_warn(&format!("checkpoint_epoch{epoch}"), state, learner);
@@ -123,7 +122,7 @@ impl Journal {
     }
 
     fn save(&self, name: &str, state: &CheckpointState, learner: &Learner) -> Result<()> {
-        let path = self.run.checkpoints.join(name);
+        let path = self.run.root.join(name);
         if checkpoint::verify(&path).is_ok_and(|there| there.global_step == state.global_step) {
             return Ok(());
         }
@@ -135,7 +134,7 @@ impl Journal {
             config: &self.config,
             tokenizer: Some(&self.tokenizer),
         };
-        checkpoint::save_checkpoint(&self.run.checkpoints, name, &contents).map(drop)
+        checkpoint::save_checkpoint(&self.run.root, name, &contents).map(drop)
     }
 
     /// Takes the bar away.

@@ -1,6 +1,5 @@
 //! The training loop, from the first step to the last checkpoint.
 
-mod comm;
 mod journal;
 mod learner;
 mod plan;
@@ -53,8 +52,8 @@ pub fn run_distributed_training(config: &Config, resume: Option<&Resume>, run_na
     let setup = setup_horovod(false)?;
     let outcome = Run::start(config, resume, run_name, &setup).and_then(Run::train);
     match &outcome {
-        Ok(_) => comm::shutdown(&setup.world)?,
-        Err(error) => comm::abort(&setup.world, &error.to_string()),
+        Ok(_) => setup.world.shutdown().map_err(hvd_torch::Error::from)?,
+        Err(error) => setup.world.abort(&error.to_string()),
     }
     outcome
 }
@@ -111,7 +110,7 @@ impl<'a> Run<'a> {
     fn take_up(&mut self, resume: Option<&Resume>, run_name: &str, device: Device) -> Result<()> {
         let threads = self.setup.threads;
         let here = metrics::Device { host: metrics::host(), device: device_name(device), threads };
-        let devices = comm::gather_objects(&self.setup.world, "run.devices", &here)?;
+        let devices = self.setup.world.allgather_object("run.devices", &here).map_err(hvd_torch::Error::from)?;
         if self.setup.rank == 0 {
             let start = resume::find(&self.config.paths, resume, run_name)?;
             if let Some(path) = &start.checkpoint {
@@ -129,7 +128,7 @@ impl<'a> Run<'a> {
             self.journal = Some(journal);
         }
         let state = (self.setup.rank == 0).then(|| self.state.clone());
-        self.state = comm::broadcast_object(&self.setup.world, "run.state", state)?;
+        self.state = self.setup.world.broadcast_object("run.state", state, 0).map_err(hvd_torch::Error::from)?;
         self.learner.scaler = self.state.scaler.or(self.learner.scaler);
         self.learner.broadcast()
     }
@@ -246,7 +245,7 @@ impl<'a> Run<'a> {
             ),
             format!(
                 "ranks: {ranks} ({}), threads per rank: {threads}, device: {}, precision: {:?}",
-                comm::backend(&self.setup.world),
+                self.setup.world.backend(),
                 device_name(device),
                 self.config.training.amp_dtype
             ),

@@ -47,13 +47,13 @@ pub fn find(paths: &PathsSection, resume: Option<&Resume>, run_name: &str) -> Re
 
 fn auto(paths: &PathsSection, run_name: &str) -> Result<Start> {
     let Some(run) = RunFolder::newest(paths, run_name) else {
-        let output = paths.output_dir.display();
-        let notes = vec![format!("resume: there is no run named {run_name} in {output} yet; starting one")];
+        let folder = paths.checkpoint_dir.display();
+        let notes = vec![format!("resume: there is no run named {run_name} in {folder} yet; starting one")];
         return Ok(Start { run: RunFolder::create(paths, run_name)?, checkpoint: None, notes });
     };
     let run = run.with_folders()?;
-    checkpoint::clean_leftovers(&run.checkpoints)?;
-    let found = checkpoint::find_newest(&run.checkpoints)?;
+    checkpoint::clean_leftovers(&run.root)?;
+    let found = checkpoint::find_newest(&run.root)?;
     let mut notes: Vec<String> = found.skipped.iter().map(|reason| format!("resume: skipped {reason}")).collect();
     let checkpoint = found.newest.map(|(path, _)| path);
     notes.push(match &checkpoint {
@@ -72,7 +72,7 @@ fn from_path(paths: &PathsSection, path: &Path, run_name: &str) -> Result<Start>
     }
     let path = path.canonicalize().map_err(Error::io("resolve", path))?;
     let mut notes = Vec::new();
-    let checkpoint = if path.join("state.json").exists() { path.clone() } else { newest_in(paths, &path, &mut notes)? };
+    let checkpoint = if path.join("state.json").exists() { path.clone() } else { newest_in(&path, &mut notes)? };
     let run = match RunFolder::of_checkpoint(paths, &checkpoint) {
         Some(run) => run.with_folders()?,
         None => RunFolder::create(paths, run_name)?,
@@ -81,11 +81,9 @@ fn from_path(paths: &PathsSection, path: &Path, run_name: &str) -> Result<Start>
     Ok(Start { run, checkpoint: Some(checkpoint), notes })
 }
 
-/// The newest whole checkpoint of a run's folder or of a folder of checkpoints.
-fn newest_in(paths: &PathsSection, folder: &Path, notes: &mut Vec<String>) -> Result<PathBuf> {
-    let inside = RunFolder::at(folder.to_path_buf(), paths).checkpoints;
-    let place = if inside.is_dir() { &inside } else { folder };
-    let found = checkpoint::find_newest(place)?;
+/// The newest whole checkpoint of a run's folder.
+fn newest_in(folder: &Path, notes: &mut Vec<String>) -> Result<PathBuf> {
+    let found = checkpoint::find_newest(folder)?;
     notes.extend(found.skipped.iter().map(|reason| format!("resume: skipped {reason}")));
     match found.newest {
         Some((path, _)) => Ok(path),
