@@ -26,13 +26,12 @@ impl Textbook {
     fn step(&mut self, g: &[f64], lr: f64, decay: f64) {
         self.t += 1;
         let (b1, b2) = BETAS;
-        for i in 0..self.x.len() {
-            self.x[i] -= lr * decay * self.x[i];
-            self.m[i] = b1 * self.m[i] + (1.0 - b1) * g[i];
-            self.v[i] = b2 * self.v[i] + (1.0 - b2) * g[i] * g[i];
-            let m_hat = self.m[i] / (1.0 - b1.powi(self.t));
-            let v_hat = self.v[i] / (1.0 - b2.powi(self.t));
-            self.x[i] -= lr * m_hat / (v_hat.sqrt() + EPS);
+        let (m_scale, v_scale) = (1.0 - b1.powi(self.t), 1.0 - b2.powi(self.t));
+        for (((x, m), v), g) in self.x.iter_mut().zip(&mut self.m).zip(&mut self.v).zip(g) {
+            *x -= lr * decay * *x;
+            *m = b1 * *m + (1.0 - b1) * g;
+            *v = b2 * *v + (1.0 - b2) * g * g;
+            *x -= lr * (*m / m_scale) / ((*v / v_scale).sqrt() + EPS);
         }
     }
 }
