@@ -50,6 +50,10 @@ die() {
     exit "$code"
 }
 
+# Nothing ends without a word.
+set -E
+trap 'printf "%serror:%s %s, line %s: \`%s\` failed\n" "$RED" "$PLAIN" "${BASH_SOURCE[0]##*/}" "$LINENO" "$BASH_COMMAND" >&2' ERR
+
 # usage_of SCRIPT: the comment at its head.
 usage_of() { sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//;p}' "$1"; }
 
