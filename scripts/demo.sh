@@ -22,7 +22,7 @@ main() {
         -h | --help) usage_of "$0" && exit 0 ;;
         -*) die $EXIT_USAGE "unknown argument '$1'" "scripts/demo.sh --help tells the usage" ;;
     esac
-    local prompt=${1:-ROMEO:} ranks=${RANKS:-$(default_ranks)}
+    local prompt=${1:-ROMEO.} ranks=${RANKS:-$(default_ranks)}
     [[ $ranks =~ ^[1-9][0-9]*$ ]] || die $EXIT_USAGE "RANKS is '$ranks'; expected a number of processes"
     DEMO_START=$(now_us)
     scripts/setup.sh
@@ -68,11 +68,12 @@ prepare() {
 run_name() { echo "demo-$(sha256sum $CONFIG | cut -c1-6)"; }
 
 # The newest run with that name.
-run_folder() { find runs -maxdepth 1 -type d -name "*_$(run_name)" 2>/dev/null | sort | tail -n 1; }
+run_folder() { find runs/ -maxdepth 1 -type d -name "*_$(run_name)" | sort | tail -n 1; }
 
-final_model() { find "$1" -name 'final_model*' -print -quit 2>/dev/null; }
+final_model() { find "$1" -name 'final_model*' -print -quit; }
 
 train() {
+    mkdir -p runs
     RUN=$(run_folder)
     if [ -n "$RUN" ] && [ -n "$(final_model "$RUN")" ]; then
         have "Trained already: $RUN"
@@ -111,7 +112,7 @@ summary() {
         "this script took" "$(duration $(($(now_us) - DEMO_START)))" \
         "the run" "$RUN  (metrics.csv, config_used.yaml, checkpoints, TensorBoard files)"
     note "" "Talk to it:            ${TARGET#"$ROOT/"}/release/generate --checkpoint $checkpoint --interactive" \
-        "Another prompt:        scripts/demo.sh 'JULIET:'" \
+        "Another prompt:        scripts/demo.sh 'JULIET.'" \
         "Train on your own text: see README.md"
 }
 

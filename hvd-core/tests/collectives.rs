@@ -251,6 +251,23 @@ fn big_buffers_on_threads() {
     });
 }
 
+/// Zeros of either sign are equal, and the first of equals wins: which one that is, is the same on all ranks.
+#[test]
+fn doubling_combines_in_the_same_order_on_all_ranks() {
+    for size in 2..=17 {
+        for op in [ReduceOp::Min, ReduceOp::Max] {
+            let zeros = |rank: usize| (0..32).map(move |bit| if rank >> (bit % 5) & 1 == 0 { 0.0f32 } else { -0.0 });
+            let buffers: Vec<_> = (0..size).map(|rank| Memory::from_vec(zeros(rank).collect::<Vec<_>>())).collect();
+            let make = |(rank, buffer): (usize, &Memory)| -> Operation {
+                let reduction = Reduction::new(DType::F32, op);
+                Box::new(DoublingAllreduce::new(rank, size, buffer.clone(), reduction, TAG))
+            };
+            run_all(world(size, None), buffers.iter().enumerate().map(make).collect());
+            assert!(buffers.iter().all(|buffer| bytes(buffer) == bytes(&buffers[0])), "{op:?} on {size} ranks");
+        }
+    }
+}
+
 /// Two operations of different tags at once do not disturb each other.
 #[test]
 fn operations_in_flight_together() {

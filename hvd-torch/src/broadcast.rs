@@ -1,11 +1,11 @@
 //! All ranks start from the same state.
 
+use hvd_core::World;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::optim::{Optimizer, check_unique};
-use crate::runtime::World;
 
 /// Overwrites the tensors of all ranks with those of rank `root`.
 ///

@@ -27,9 +27,6 @@ mod shim;
 
 mod error;
 mod memory;
-mod runtime;
-#[doc(hidden)]
-pub mod standin;
 
 pub mod autograd;
 pub mod foreach;
@@ -48,12 +45,14 @@ pub use autograd::{Hook, set_grad};
 pub use cuda::{CudaStatus, load_cuda};
 pub use distributed::{Builder, DistributedOptimizer};
 pub use error::{Error, Result};
-pub use optim::{AdamW, Optimizer, ParamGroup, TchOptimizer};
+pub use optim::{AdamW, Optimizer, ParamGroup, TchOptimizer, named_parameters, named_variables};
 pub use random::{Determinism, manual_seed, mix, reseed, set_deterministic, set_num_threads};
 pub use sampler::DistributedSampler;
 
-pub use hvd_core::{Compression, ReduceOp};
-pub use standin::{Allreduce, World, init, local_rank, local_size, rank, shutdown, size, world};
+pub use hvd_core::{
+    Allreduce, Backend, Compression, Observer, Phase, ReduceOp, Topology, World, cross_rank, cross_size, init,
+    init_with, is_initialised, local_rank, local_size, rank, shutdown, size, world,
+};
 
 use tch::Tensor;
 

@@ -6,11 +6,11 @@
 
 pub use crate::broadcast::{broadcast_optimizer_state, broadcast_parameters};
 
+use hvd_core::{Allreduce, Handle, OpKind, Output, ReduceOp, Submission, World};
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::memory::{self, Allocator};
-use crate::runtime::{Allreduce, Handle, OpKind, Output, Submission, World};
 
 /// An operation on a tensor that is under way. Dropping it does not cancel the operation.
 #[must_use = "the result is there only after `wait`"]
@@ -63,11 +63,6 @@ pub(crate) fn submit_in_place(world: &World, tensor: &Tensor, name: &str, kind: 
     Ok(TensorHandle { handle, target: tensor.detach(), staged })
 }
 
-pub(crate) fn allreduce_kind(options: Allreduce) -> OpKind {
-    let Allreduce { op, prescale, postscale, compression } = options;
-    OpKind::Allreduce { op, prescale, postscale, compression }
-}
-
 /// Starts a reduction of `tensor` over all ranks, in place. Leave the tensor alone until it is done.
 pub fn allreduce_async_(
     world: &World,
@@ -75,7 +70,7 @@ pub fn allreduce_async_(
     name: &str,
     options: impl Into<Allreduce>,
 ) -> Result<TensorHandle> {
-    submit_in_place(world, tensor, name, allreduce_kind(options.into()))
+    submit_in_place(world, tensor, name, OpKind::Allreduce(options.into()))
 }
 
 /// Reduces `tensor` over all ranks, in place. All ranks get the same bits.
@@ -134,7 +129,7 @@ pub fn allgather(world: &World, tensor: &Tensor, name: &str) -> Result<Tensor> {
 /// The average of a number over all ranks, in f64.
 pub fn metric_average(world: &World, value: f64, name: &str) -> Result<f64> {
     let tensor = Tensor::from(value);
-    allreduce_(world, &tensor, &format!("metric.{name}"), hvd_core::ReduceOp::Average)?;
+    allreduce_(world, &tensor, &format!("metric.{name}"), ReduceOp::Average)?;
     Ok(tensor.double_value(&[]))
 }
 

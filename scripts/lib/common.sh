@@ -50,6 +50,10 @@ die() {
     exit "$code"
 }
 
+# Nothing ends without a word.
+set -E
+trap 'printf "%serror:%s %s, line %s: \`%s\` failed\n" "$RED" "$PLAIN" "${BASH_SOURCE[0]##*/}" "$LINENO" "$BASH_COMMAND" >&2' ERR
+
 # usage_of SCRIPT: the comment at its head.
 usage_of() { sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//;p}' "$1"; }
 
@@ -81,8 +85,8 @@ mpirun_environment() {
     export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
 }
 
-# cargo for the package outside the workspace that stands in for a user's. It builds with the workspace's profiles and target folder,
-# so that torch-sys, which takes minutes, is not built twice.
+# cargo for the package outside the workspace that stands in for a user's. It builds with the workspace's versions, profiles and target
+# folder, so that torch-sys, which takes minutes, is not built twice.
 # shellcheck disable=SC2034
 OUTSIDE=$ROOT/examples/own-trainer
 outside_cargo() {
@@ -90,5 +94,6 @@ outside_cargo() {
     shift
     mkdir -p "$CACHE"
     awk '/^\[/ { profile = /^\[profile\./ } profile' "$ROOT/Cargo.toml" >"$CACHE/profiles.toml"
-    cargo "$command" --locked --config "$CACHE/profiles.toml" --manifest-path "$OUTSIDE/Cargo.toml" --target-dir "$TARGET" "$@"
+    cp "$ROOT/Cargo.lock" "$OUTSIDE/Cargo.lock" # cargo drops what the package does not need
+    cargo --config "$CACHE/profiles.toml" "$command" --manifest-path "$OUTSIDE/Cargo.toml" --target-dir "$TARGET" "$@"
 }

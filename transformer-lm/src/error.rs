@@ -42,6 +42,10 @@ pub enum Error {
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
 
+    /// The ranks could not work together, or an operation on tensors failed.
+    #[error("{0}")]
+    Hvd(#[from] hvd_torch::Error),
+
     /// Training cannot go on: the loss is not finite, a peer is lost, the device is missing.
     #[error("{0}")]
     Training(String),

@@ -22,4 +22,10 @@ pub mod metrics;
 pub mod model;
 pub mod trainer;
 
+pub use checkpoint::{load_checkpoint, save_checkpoint};
+pub use config::{Config, load_config};
+pub use data::{get_dataloaders, load_preprocessed_data};
 pub use error::{Error, Result};
+pub use generate::{generate_text, interactive_generation, load_model_for_generation};
+pub use model::{ModelConfig, TransformerLM};
+pub use trainer::{run_distributed_training, setup_horovod};

@@ -2,7 +2,8 @@
 //!
 //! All take bytes and an element type, need no alignment, and give bits that depend on their arguments alone, not on
 //! the CPU. Integers wrap on overflow, as Rust's `wrapping_add` and the C types of other runtimes do; the 16-bit floats
-//! are computed in f32 and rounded once per call; a bool is 0 or 1. A minimum or maximum is NaN if any input is.
+//! are computed in f32 and rounded once per call; a bool is 0 or 1. A minimum or maximum is NaN if any input is;
+//! every NaN that comes out is the same one.
 
 mod kernels;
 
@@ -135,4 +136,51 @@ fn check(op: ReduceOp, dtype: DType, into: &[u8], from: &[u8]) {
     assert!(op.supports(dtype), "{op:?} of {dtype} is not defined");
     assert_eq!(into.len(), from.len(), "lengths of the buffers to combine");
     assert_eq!(into.len() % dtype.size(), 0, "a part of a {dtype}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::simd::{Level, dispatch_at};
+
+    /// Any bit patterns, numbers of moderate size among them.
+    fn patterns(seed: u64, len: usize) -> Vec<u8> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+            state >> 32
+        };
+        (0..len)
+            .map(|_| if next() % 8 == 0 { [0, 0x7f, 0xff, 0x80][next() as usize % 4] } else { next() as u8 })
+            .collect()
+    }
+
+    fn gathered<L: Lane, O: Combine<L::Wide>>(level: Level, inputs: &[&[u8]], factor: Factor) -> Vec<u8> {
+        let mut bytes = vec![0; inputs[0].len()];
+        let (out, op) = (bytemuck::cast_slice_mut(&mut bytes), PhantomData);
+        match L::Wide::cheap(factor) {
+            Some(finish) => dispatch_at(level, Gather::<L, O, _> { out, inputs, finish, op }),
+            None => dispatch_at(level, Gather::<L, O, _> { out, inputs, finish: L::Wide::thorough(factor), op }),
+        }
+        bytes
+    }
+
+    #[test]
+    fn the_bits_do_not_depend_on_the_cpu() {
+        for dtype in DType::ALL {
+            let inputs: Vec<_> = (0..4).map(|seed| patterns(seed, 5003 * dtype.size())).collect();
+            let inputs: Vec<_> = inputs.iter().map(|input| &input[..]).collect();
+            for op in [ReduceOp::Sum, ReduceOp::Min, ReduceOp::Max, ReduceOp::Product] {
+                for (count, divide) in [(1, 1.0), (2, 1.0), (2, 2.0), (3, 3.0), (4, 7.0)] {
+                    let factor = Factor { multiply: 1.0, divide };
+                    let results: Vec<_> = Level::available()
+                        .map(|level| with_lane!(dtype, L => with_op!(op, O => gathered::<L, O>(level, &inputs[..count], factor))))
+                        .collect();
+                    for (at, result) in results.iter().enumerate() {
+                        assert!(*result == results[0], "{op:?} of {count} {dtype} over {divide}: level {at} differs");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -57,8 +57,10 @@ impl ShmAllreduce {
         let elements = parts.iter().map(|part| part.elements);
         let cut = Cut::new(elements, sizes.0, sizes.1, group.size(), group.slot_bytes());
         let stream = Stream::new(group, cut.pieces());
-        let scratch = vec![0; BLOCK_BYTES];
-        Ok(ShmAllreduce { stream, plan: Allreduce { parts, cut, user, reduction, prescale, postscale, scratch } })
+        Ok(ShmAllreduce {
+            stream,
+            plan: Allreduce { parts, cut, user, reduction, prescale, postscale, scratch: Vec::new() },
+        })
     }
 }
 
@@ -101,13 +103,13 @@ impl Allreduce {
     ///
     /// # Safety
     /// Nobody may write the run's input while the slice is in use.
-    unsafe fn own<'a>(&'a self, run: &Run, scratch: &'a mut [u8]) -> &'a [u8] {
+    unsafe fn own<'a>(&'a self, run: &Run, scratch: &'a mut Vec<u8>) -> &'a [u8] {
         // SAFETY: the caller's.
         let input = unsafe { &self.parts[run.part].input.as_slice()[run.user.clone()] };
         if self.user == self.reduction.dtype && (self.prescale == 1.0 || !self.user.is_float()) {
             return input;
         }
-        let scratch = &mut scratch[..run.wire.len()];
+        let scratch = room(scratch, run);
         convert(self.user, input, self.reduction.dtype, scratch, self.prescale);
         scratch
     }
@@ -140,9 +142,9 @@ impl Allreduce {
     }
 
     /// Combines all slots into the output.
-    fn combine_all(&self, group: &ShmGroup, piece: u64, index: u64, scratch: &mut [u8]) {
+    fn combine_all(&self, group: &ShmGroup, piece: u64, index: u64, scratch: &mut Vec<u8>) {
         for run in self.cut.runs(index, self.cut.span(index), BLOCK_BYTES) {
-            let result = &mut scratch[..run.wire.len()];
+            let result = room(scratch, &run);
             // SAFETY: all ranks have staged this piece and none writes to its slot before this rank has copied it.
             let slots = (0..group.size()).map(|rank| unsafe { group.segment().read(rank, piece, run.wire.clone()) });
             self.combine(result, &slots.collect::<Vec<_>>());
@@ -153,7 +155,7 @@ impl Allreduce {
 
     /// Combines this rank's share of all slots into its slot and its output. The share was not staged: nobody else
     /// reads it in this slot before the result is announced.
-    fn combine_share(&self, group: &ShmGroup, piece: u64, index: u64, scratch: &mut [u8]) {
+    fn combine_share(&self, group: &ShmGroup, piece: u64, index: u64, scratch: &mut Vec<u8>) {
         for run in self.cut.runs(index, self.cut.share(index, group.rank()), BLOCK_BYTES) {
             // SAFETY: the parts are this operation's until it completes. All ranks have staged this piece. What is read
             // of their slots, only this rank uses until it announces that it has reduced it; what is written in its own
@@ -171,6 +173,14 @@ impl Allreduce {
             }
         }
     }
+}
+
+/// As much of the scratch space as the run needs.
+fn room<'a>(scratch: &'a mut Vec<u8>, run: &Run) -> &'a mut [u8] {
+    if scratch.len() < run.wire.len() {
+        scratch.resize(run.wire.len(), 0);
+    }
+    &mut scratch[..run.wire.len()]
 }
 
 impl Plan for Allreduce {

@@ -11,7 +11,8 @@ use crate::dtype::DType;
 /// equal types it is a plain copy for a factor of 1, works for all of them, and integers ignore the factor.
 ///
 /// One rounding to the nearest, ties to even, after the multiplication, which happens in f32 if both types fit in it
-/// and in f64 otherwise. Too large becomes infinity, NaN stays NaN. Buffers need no alignment.
+/// and in f64 otherwise. Too large becomes infinity; a NaN stays one but loses sign and payload, except in a plain copy.
+/// Buffers need no alignment.
 ///
 /// # Panics
 /// If the types are none of those pairs, or the buffers do not hold equally many elements.
@@ -25,10 +26,10 @@ pub fn convert(src_dtype: DType, src: &[u8], dst_dtype: DType, dst: &mut [u8], f
         (DType::F32, DType::BF16) => via_f32::<lanes::F32, lanes::BF16>(src, dst, factor),
         (DType::F16, DType::F32) => via_f32::<lanes::F16, lanes::F32>(src, dst, factor),
         (DType::BF16, DType::F32) => via_f32::<lanes::BF16, lanes::F32>(src, dst, factor),
-        (DType::F64, DType::F16) => narrow_f64::<lanes::F16>(src, dst, factor),
-        (DType::F64, DType::BF16) => narrow_f64::<lanes::BF16>(src, dst, factor),
-        (DType::F16, DType::F64) => widen_f64::<lanes::F16>(src, dst, factor),
-        (DType::BF16, DType::F64) => widen_f64::<lanes::BF16>(src, dst, factor),
+        (DType::F64, DType::F16) => through::<lanes::F64, lanes::F16, f64>(src, dst, factor),
+        (DType::F64, DType::BF16) => through::<lanes::F64, lanes::BF16, f64>(src, dst, factor),
+        (DType::F16, DType::F64) => through::<lanes::F16, lanes::F64, f64>(src, dst, factor),
+        (DType::BF16, DType::F64) => through::<lanes::BF16, lanes::F64, f64>(src, dst, factor),
         (from, to) => panic!("no conversion from {from} to {to}"),
     }
 }
@@ -63,62 +64,75 @@ fn copy(dtype: DType, src: &[u8], dst: &mut [u8], factor: f64) {
         DType::F16 => via_f32::<lanes::F16, lanes::F16>(src, dst, factor),
         DType::BF16 => via_f32::<lanes::BF16, lanes::BF16>(src, dst, factor),
         DType::F32 => via_f32::<lanes::F32, lanes::F32>(src, dst, factor),
-        _ => through::<lanes::F64, lanes::F64, f64>(src, dst, factor, |value| value, |value| value),
+        _ => through::<lanes::F64, lanes::F64, f64>(src, dst, factor),
     }
 }
 
 fn via_f32<S: Lane<Wide = f32>, D: Lane<Wide = f32>>(src: &[u8], dst: &mut [u8], factor: f64) {
-    through::<S, D, f32>(src, dst, factor, |value| value, |value| value);
+    through::<S, D, f32>(src, dst, factor);
 }
 
-fn narrow_f64<D: Lane<Wide = f32>>(src: &[u8], dst: &mut [u8], factor: f64) {
-    through::<lanes::F64, D, f64>(src, dst, factor, |value| value, sixteen::narrow_f64);
+/// Between what a lane is computed in and the type in which a copy multiplies.
+trait Via<N> {
+    fn enter(self) -> N;
+    fn leave(value: N) -> Self;
 }
 
-fn widen_f64<S: Lane<Wide = f32>>(src: &[u8], dst: &mut [u8], factor: f64) {
-    through::<S, lanes::F64, f64>(src, dst, factor, f64::from, |value| value);
+impl<N> Via<N> for N {
+    #[inline(always)]
+    fn enter(self) -> N {
+        self
+    }
+    #[inline(always)]
+    fn leave(value: N) -> N {
+        value
+    }
+}
+
+impl Via<f64> for f32 {
+    #[inline(always)]
+    fn enter(self) -> f64 {
+        f64::from(self)
+    }
+    /// For lanes of 16 bits only.
+    #[inline(always)]
+    fn leave(value: f64) -> f32 {
+        sixteen::narrow_f64(value)
+    }
 }
 
 /// Loads, multiplies in `N`, stores.
-fn through<S: Lane, D: Lane, N: Number>(
-    src: &[u8],
-    dst: &mut [u8],
-    factor: f64,
-    before: impl Fn(S::Wide) -> N,
-    after: impl Fn(N) -> D::Wide,
-) {
+fn through<S: Lane, D: Lane, N: Number>(src: &[u8], dst: &mut [u8], factor: f64)
+where
+    S::Wide: Via<N>,
+    D::Wide: Via<N>,
+{
     let (src, dst, factor) = (bytemuck::cast_slice(src), bytemuck::cast_slice_mut(dst), Factor::times(factor));
-    let lanes = PhantomData::<(S, D, N)>;
     if factor.is_one() {
-        return dispatch(Copy { src, dst, before, after, finish: Keep, lanes });
+        return dispatch(Copy::<S, D, N, _> { src, dst, finish: Keep, via: PhantomData });
     }
     match N::cheap(factor) {
-        Some(finish) => dispatch(Copy { src, dst, before, after, finish, lanes }),
-        None => dispatch(Copy { src, dst, before, after, finish: N::thorough(factor), lanes }),
+        Some(finish) => dispatch(Copy::<S, D, N, _> { src, dst, finish, via: PhantomData }),
+        None => dispatch(Copy::<S, D, N, _> { src, dst, finish: N::thorough(factor), via: PhantomData }),
     }
 }
 
-struct Copy<'a, S: Lane, D: Lane, N, B, A, F> {
+struct Copy<'a, S: Lane, D: Lane, N, F> {
     src: &'a [S::Bytes],
     dst: &'a mut [D::Bytes],
-    before: B,
-    after: A,
     finish: F,
-    lanes: PhantomData<(S, D, N)>,
+    via: PhantomData<N>,
 }
 
-impl<S, D, N, B, A, F> Kernel for Copy<'_, S, D, N, B, A, F>
+impl<S: Lane, D: Lane, N, F: Finish<N>> Kernel for Copy<'_, S, D, N, F>
 where
-    S: Lane,
-    D: Lane,
-    B: Fn(S::Wide) -> N,
-    A: Fn(N) -> D::Wide,
-    F: Finish<N>,
+    S::Wide: Via<N>,
+    D::Wide: Via<N>,
 {
     #[inline(always)]
     fn run(self) {
         for (to, from) in self.dst.iter_mut().zip(self.src) {
-            *to = D::store((self.after)(self.finish.apply((self.before)(S::load(*from)))));
+            *to = D::store(D::Wide::leave(self.finish.apply(S::load(*from).enter())));
         }
     }
 }

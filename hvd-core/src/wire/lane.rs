@@ -13,7 +13,8 @@ pub(crate) trait Lane: 'static {
     type Wide: Number;
     /// Reads an element.
     fn load(bytes: Self::Bytes) -> Self::Wide;
-    /// Rounds to an element.
+    /// Rounds to an element. Of a NaN neither sign nor payload is kept: which one a sum of two has depends on how the
+    /// compiler ordered the operands, so ranks would differ.
     fn store(value: Self::Wide) -> Self::Bytes;
 }
 
@@ -255,33 +256,38 @@ pub(crate) mod lanes {
     pub(crate) enum Bool {}
 }
 
+// Expressions rather than closures: a closure cannot be marked to be inlined always, and where it is not, the loop
+// around it stays scalar.
 macro_rules! lane {
-    ($lane:ident: $bytes:ty => $wide:ty, $load:expr, $store:expr) => {
+    ($lane:ident: $bytes:ty => $wide:ty, $from:ident => $load:expr, $value:ident => $store:expr) => {
         impl Lane for lanes::$lane {
             type Bytes = $bytes;
             type Wide = $wide;
             #[inline(always)]
-            fn load(bytes: $bytes) -> $wide {
-                $load(bytes)
+            fn load($from: $bytes) -> $wide {
+                $load
             }
             #[inline(always)]
-            fn store(value: $wide) -> $bytes {
-                $store(value)
+            fn store($value: $wide) -> $bytes {
+                $store
             }
         }
     };
+    ($($lane:ident: $bytes:ty => $wide:ty),*) => {
+        $(lane!($lane: $bytes => $wide, b => <$wide>::from_ne_bytes(b), v => v.to_ne_bytes());)*
+    };
 }
 
-lane!(F16: [u8; 2] => f32, |b| sixteen::widen_f16(u16::from_ne_bytes(b)), |v| sixteen::narrow_f16(v).to_ne_bytes());
-lane!(BF16: [u8; 2] => f32, |b| sixteen::widen_bf16(u16::from_ne_bytes(b)), |v| sixteen::narrow_bf16(v).to_ne_bytes());
-lane!(F32: [u8; 4] => f32, f32::from_ne_bytes, f32::to_ne_bytes);
-lane!(F64: [u8; 8] => f64, f64::from_ne_bytes, f64::to_ne_bytes);
-lane!(I32: [u8; 4] => i32, i32::from_ne_bytes, i32::to_ne_bytes);
-lane!(I64: [u8; 8] => i64, i64::from_ne_bytes, i64::to_ne_bytes);
-lane!(U8: [u8; 1] => u8, u8::from_ne_bytes, u8::to_ne_bytes);
-lane!(I8: [u8; 1] => i8, i8::from_ne_bytes, i8::to_ne_bytes);
-lane!(I16: [u8; 2] => i16, i16::from_ne_bytes, i16::to_ne_bytes);
-lane!(Bool: [u8; 1] => Truth, |b: [u8; 1]| Truth(u8::from(b[0] != 0)), |v: Truth| [v.0]);
+lane!(F16: [u8; 2] => f32,
+    b => sixteen::widen_f16(u16::from_ne_bytes(b)), v => sixteen::narrow_f16(v).to_ne_bytes());
+lane!(BF16: [u8; 2] => f32,
+    b => sixteen::widen_bf16(u16::from_ne_bytes(b)), v => sixteen::narrow_bf16(v).to_ne_bytes());
+lane!(F32: [u8; 4] => f32,
+    b => f32::from_ne_bytes(b), v => if v.is_nan() { f32::NAN } else { v }.to_ne_bytes());
+lane!(F64: [u8; 8] => f64,
+    b => f64::from_ne_bytes(b), v => if v.is_nan() { f64::NAN } else { v }.to_ne_bytes());
+lane!(I32: [u8; 4] => i32, I64: [u8; 8] => i64, U8: [u8; 1] => u8, I8: [u8; 1] => i8, I16: [u8; 2] => i16);
+lane!(Bool: [u8; 1] => Truth, b => Truth(u8::from(b[0] != 0)), v => [v.0]);
 
 /// Runs code with a lane type chosen by a [`crate::DType`].
 macro_rules! with_lane {

@@ -10,22 +10,72 @@ pub(crate) trait Kernel {
     fn run(self);
 }
 
+/// What a kernel can be compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    /// What every CPU of the architecture has.
+    Baseline,
+    /// 256-bit vectors of all types.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// 512-bit vectors of all types.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Level {
+    /// The best that this CPU has.
+    #[inline]
+    fn best() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::is_x86_feature_detected as has;
+            if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
+                return Level::Avx512;
+            }
+            if has!("avx2") {
+                return Level::Avx2;
+            }
+        }
+        Level::Baseline
+    }
+
+    /// All that this CPU has.
+    #[cfg(test)]
+    pub(crate) fn available() -> impl Iterator<Item = Level> {
+        let all = [
+            Level::Baseline,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512,
+        ];
+        all.into_iter().filter(|level| *level <= Level::best())
+    }
+}
+
 /// Runs the kernel compiled for the best instruction set that this CPU has.
 #[inline]
 pub(crate) fn dispatch<K: Kernel>(kernel: K) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::is_x86_feature_detected as has;
-        if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
-            // SAFETY: the CPU has what the function is compiled for.
-            return unsafe { avx512(kernel) };
-        }
-        if has!("avx2") {
-            // SAFETY: as above.
-            return unsafe { avx2(kernel) };
-        }
+    dispatch_at(Level::best(), kernel);
+}
+
+/// Runs the kernel compiled for a level.
+///
+/// # Panics
+/// If the CPU does not have it.
+#[inline]
+pub(crate) fn dispatch_at<K: Kernel>(level: Level, kernel: K) {
+    assert!(level <= Level::best(), "no {level:?} here");
+    match level {
+        Level::Baseline => kernel.run(),
+        // SAFETY: the assertion has found that the CPU has what the function is compiled for.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => unsafe { avx2(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => unsafe { avx512(kernel) },
     }
-    kernel.run();
 }
 
 #[cfg(target_arch = "x86_64")]

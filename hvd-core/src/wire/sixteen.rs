@@ -1,7 +1,14 @@
 //! Conversions between 16-bit floats and wider ones, without branches so that loops over them become vector code.
 //!
-//! To the nearest, ties to even; overflow gives infinity; a NaN stays one, is made quiet and keeps the payload that
-//! fits. No step reads or makes a subnormal f32 that matters, so a flush-to-zero mode changes nothing.
+//! To the nearest, ties to even; overflow gives infinity; a NaN becomes the positive quiet one. No step reads or makes a
+//! subnormal f32 that matters to binary16, so a flush-to-zero mode changes nothing there.
+
+/// One of two numbers, never by a branch: where an `if` becomes one, the loop around it stays scalar.
+#[inline(always)]
+fn select(condition: bool, yes: u32, no: u32) -> u32 {
+    let mask = u32::from(condition).wrapping_neg();
+    (yes & mask) | (no & !mask)
+}
 
 /// The f32 of a binary16.
 #[inline(always)]
@@ -13,10 +20,9 @@ pub(crate) fn widen_f16(half: u16) -> f32 {
     let rebased = shifted + ((127 - 15) << 23);
     // A subnormal is its bits as the fraction of 2^-14, less that 2^-14.
     let subnormal = (f32::from_bits(rebased + (1 << 23)) - f32::from_bits(113 << 23)).to_bits();
-    let quiet = if shifted > EXPONENT { 1 << 22 } else { 0 };
-    let special = (rebased + ((128 - 16) << 23)) | quiet;
-    let normal_or_special = if exponent == EXPONENT { special } else { rebased };
-    f32::from_bits(sign | if exponent == 0 { subnormal } else { normal_or_special })
+    let special = rebased + ((128 - 16) << 23);
+    let normal_or_special = select(exponent == EXPONENT, special, rebased);
+    f32::from_bits(sign | select(exponent == 0, subnormal, normal_or_special))
 }
 
 /// The binary16 nearest to an f32.
@@ -35,17 +41,15 @@ pub(crate) fn narrow_f16(value: f32) -> u16 {
     let odd = (magnitude >> 13) & 1;
     let normal = magnitude.wrapping_sub((127 - 15) << 23).wrapping_add(0xfff + odd) >> 13;
     let subnormal = (f32::from_bits(magnitude) + f32::from_bits(ALIGN)).to_bits().wrapping_sub(ALIGN);
-    let nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
-    let special = if magnitude > INFINITY { nan } else { 0x7c00 };
-    let finite = if magnitude < NORMAL { subnormal } else { normal };
-    (sign | if magnitude >= OVERFLOW { special } else { finite }) as u16
+    let finite = select(magnitude < NORMAL, subnormal, normal);
+    let number = sign | select(magnitude >= OVERFLOW, 0x7c00, finite);
+    select(magnitude > INFINITY, 0x7e00, number) as u16
 }
 
 /// The f32 of a bfloat16.
 #[inline(always)]
 pub(crate) fn widen_bf16(half: u16) -> f32 {
-    let quiet = if half & 0x7fff > 0x7f80 { 0x40 } else { 0 };
-    f32::from_bits(u32::from(half | quiet) << 16)
+    f32::from_bits(u32::from(half) << 16)
 }
 
 /// The bfloat16 nearest to an f32.
@@ -54,8 +58,7 @@ pub(crate) fn narrow_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     let odd = (bits >> 16) & 1;
     let rounded = bits.wrapping_add(0x7fff + odd) >> 16;
-    let nan = (bits >> 16) | 0x40;
-    (if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded }) as u16
+    select(bits & 0x7fff_ffff > 0x7f80_0000, 0x7fc0, rounded) as u16
 }
 
 /// An f32 that rounds to 16 bits as `value` itself would: rounded to odd, so that what was cut off still breaks ties.
@@ -64,7 +67,7 @@ pub(crate) fn narrow_f64(value: f64) -> f32 {
     let nearest = value as f32;
     let bits = nearest.to_bits();
     let back = f64::from(nearest).abs();
-    let exact = back == value.abs() || value.is_nan();
-    let toward = if back > value.abs() { bits.wrapping_sub(1) } else { bits.wrapping_add(1) };
-    f32::from_bits(if exact || bits & 1 == 1 { bits } else { toward })
+    let exact = (back == value.abs()) | value.is_nan();
+    let toward = select(back > value.abs(), bits.wrapping_sub(1), bits.wrapping_add(1));
+    f32::from_bits(select(exact | (bits & 1 == 1), bits, toward))
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hvd_core::{Compression, ReduceOp};
+use hvd_core::{Allreduce, Compression, ReduceOp, World, world};
 use tch::Tensor;
 
 use super::DistributedOptimizer;
@@ -12,7 +12,7 @@ use super::state::{OnGradient, Shared, State};
 use crate::autograd::Hook;
 use crate::error::{Error, Result};
 use crate::optim::{Optimizer, check_unique};
-use crate::runtime::{Allreduce, World, world};
+use crate::random::mix;
 
 /// Bytes of gradients that travel together, unless set.
 const BUCKET_BYTES: usize = 25 << 20;
@@ -89,22 +89,26 @@ impl<O: Optimizer> Builder<O> {
         self
     }
 
-    /// Makes the buckets, moves existing gradients into them and attaches the hooks.
+    /// Makes the buckets, moves existing gradients into them and attaches the hooks. All ranks must call it.
     ///
     /// # Errors
-    /// If a setting makes no sense, a parameter already belongs to a distributed optimizer, names occur twice, or the
-    /// global world is wanted before `init`.
+    /// If a setting makes no sense, a parameter already belongs to a distributed optimizer, names occur twice, the ranks'
+    /// parameters or settings differ, or the global world is wanted before `init`.
     pub fn build(self) -> Result<DistributedOptimizer<O>> {
         self.check()?;
         let params = self.optimizer.parameters();
         check_unique(&params)?;
-        let world = self.world.map_or_else(world, Ok)?;
+        let world = match self.world.clone() {
+            Some(world) => world,
+            None => world()?,
+        };
         let limits = Limits { first_bytes: FIRST_BUCKET_BYTES, bytes: self.bucket_bytes };
         let shapes: Vec<_> = params.iter().map(|(_, param)| Shape::of(param)).collect();
         let plans = plan(&shapes, limits);
+        agree(&world, &self.name, self.digest(&params))?;
 
         // The hooks first: they tell whether the parameters are free, before any gradient is moved.
-        let reduction = Allreduce { compression: self.compression, ..Allreduce::from(self.op) };
+        let reduction = Allreduce::new(self.op).compression(self.compression);
         let (buckets, passes) = (Vec::new(), self.passes);
         let state = State { world, reduction, buckets, passes, synchronized: false, failure: None };
         let shared = Arc::new(Shared::new(state, self.on_gradient));
@@ -120,6 +124,14 @@ impl<O: Optimizer> Builder<O> {
         Ok(DistributedOptimizer { optimizer: self.optimizer, shared, _hooks: hooks })
     }
 
+    /// A number that differs where parameters, their order, or settings do.
+    fn digest(&self, params: &[(String, Tensor)]) -> u64 {
+        let settings = format!("{:?} {:?} {} {}", self.compression, self.op, self.bucket_bytes, self.passes);
+        let param = |(name, param): &(String, Tensor)| format!("{name} {:?} {:?}", param.kind(), param.size());
+        let texts = std::iter::once(settings).chain(params.iter().map(param));
+        texts.fold(0, |digest, text| mix(&[digest, text.len() as u64, mix_bytes(text.as_bytes())]))
+    }
+
     fn check(&self) -> Result<()> {
         if self.passes == 0 {
             return Err(Error::invalid("backward_passes_per_step must be at least 1"));
@@ -131,6 +143,27 @@ impl<O: Optimizer> Builder<O> {
             return Err(Error::invalid(format!("gradients are averaged or summed over ranks, not {:?}", self.op)));
         }
         Ok(())
+    }
+}
+
+fn mix_bytes(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |digest, byte| mix(&[digest, u64::from(*byte)]))
+}
+
+/// Refuses a world whose ranks are about to reduce different things under the same names. Buckets of the same size would
+/// mix up gradients without anybody noticing.
+fn agree(world: &World, name: &str, digest: u64) -> Result<()> {
+    if world.size() == 1 {
+        return Ok(());
+    }
+    let digests = world.allgather(&format!("{name}.plan"), &[digest as i64])?;
+    match digests.iter().position(|other| *other != digests[0]) {
+        None => Ok(()),
+        Some(rank) => Err(Error::invalid(format!(
+            "rank {rank} wraps other parameters, in another order or with other settings, than rank 0. All ranks must give \
+             the same ones in the same order; a HashMap, such as VarStore::variables() returns, has no order: use \
+             named_parameters()"
+        ))),
     }
 }
 

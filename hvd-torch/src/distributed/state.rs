@@ -3,10 +3,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use hvd_core::{Allreduce, OpKind, World};
+
 use super::bucket::Bucket;
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::runtime::{Allreduce, World};
 
 /// Called with a parameter's name.
 pub(super) type OnGradient = Box<dyn Fn(&str) + Send + Sync>;
@@ -84,7 +85,7 @@ impl State {
         let it = &mut self.buckets[bucket];
         it.submitted = true;
         if self.world.size() > 1 {
-            let kind = ops::allreduce_kind(self.reduction);
+            let kind = OpKind::Allreduce(self.reduction);
             it.handle = Some(ops::submit_in_place(&self.world, &it.flat, &it.name, kind)?);
         }
         Ok(())

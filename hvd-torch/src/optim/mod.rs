@@ -4,7 +4,7 @@ mod adamw;
 mod native;
 
 pub use adamw::{AdamW, ParamGroup};
-pub use native::TchOptimizer;
+pub use native::{TchOptimizer, named_parameters, named_variables};
 
 use std::collections::HashSet;
 

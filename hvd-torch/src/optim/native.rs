@@ -26,15 +26,9 @@ impl TchOptimizer {
     /// # Errors
     /// If the two do not hold the same parameters.
     pub fn new(inner: nn::Optimizer, vars: &nn::VarStore) -> Result<TchOptimizer> {
-        let names: HashMap<_, _> = vars.variables().into_iter().map(|(name, var)| (var.data_ptr(), name)).collect();
-        let named = |param: Tensor| match names.get(&param.data_ptr()) {
-            Some(name) => Ok((name.clone(), param)),
-            None => Err(Error::invalid("the optimizer was built for another VarStore")),
-        };
         let trainable = inner.trainable_variables();
         let variables = trainable.len();
-        let unfrozen = trainable.into_iter().filter(Tensor::requires_grad);
-        let params = unfrozen.map(named).collect::<Result<Vec<_>>>()?;
+        let params = name(trainable, vars)?;
         super::check_unique(&params)?;
         Ok(TchOptimizer { inner, params, variables })
     }
@@ -43,6 +37,35 @@ impl TchOptimizer {
     pub fn inner_mut(&mut self) -> &mut nn::Optimizer {
         &mut self.inner
     }
+}
+
+/// The parameters of `vars` that are not frozen, in the order in which they were made.
+///
+/// `VarStore::variables` is a `HashMap`, whose order differs from process to process; what ranks reduce needs one order.
+///
+/// # Errors
+/// If names occur twice.
+pub fn named_parameters(vars: &nn::VarStore) -> Result<Vec<(String, Tensor)>> {
+    let params = name(vars.trainable_variables(), vars)?;
+    super::check_unique(&params)?;
+    Ok(params)
+}
+
+/// The parameters and buffers of `vars`, by name: what [`crate::broadcast_parameters`] should equalise.
+pub fn named_variables(vars: &nn::VarStore) -> Vec<(String, Tensor)> {
+    let mut all: Vec<_> = vars.variables().into_iter().collect();
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all
+}
+
+/// Finds the names of `params`, leaving out those that are frozen.
+fn name(params: Vec<Tensor>, vars: &nn::VarStore) -> Result<Vec<(String, Tensor)>> {
+    let names: HashMap<_, _> = vars.variables().into_iter().map(|(name, var)| (var.data_ptr(), name)).collect();
+    let named = |param: Tensor| match names.get(&param.data_ptr()) {
+        Some(name) => Ok((name.clone(), param)),
+        None => Err(Error::invalid("the optimizer was built for another VarStore")),
+    };
+    params.into_iter().filter(Tensor::requires_grad).map(named).collect()
 }
 
 fn no_state(what: &str) -> Error {

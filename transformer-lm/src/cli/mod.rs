@@ -54,9 +54,11 @@ pub fn main_of<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     }
 }
 
-/// Prints `error: …` to stderr and gives the error's exit code.
+/// Prints `error: …` to stderr and gives the error's exit code. A mistake that all ranks make is said by one.
 pub fn report(error: &Error) -> ExitCode {
-    eprintln!("error: {error}");
+    if !matches!(error, Error::Config(_)) || crate::trainer::launched_rank() == 0 {
+        eprintln!("error: {error}");
+    }
     ExitCode::from(error.exit_code())
 }
 

@@ -1,14 +1,72 @@
-//! `lm train`.
+//! `train` and `lm train`.
+
+use std::path::PathBuf;
 
 use clap::Parser;
 
-use crate::{Error, Result};
+use crate::Result;
+use crate::config::{Config, PathsSection};
+use crate::trainer::{Resume, launched_rank, run_distributed_training};
 
-/// Train (not written yet).
+const EXAMPLES: &str = "\
+Examples:
+  lm prepare --input mine.txt --tokenizer byte --output data/mine      once: text to tokens
+  train --config configs/demo.yaml                                     one process, all cores
+  mpirun -np 2 train --config configs/demo.yaml --run-name demo        two processes
+  mpirun -np 2 train --config configs/demo.yaml --run-name demo --resume auto
+                                                                       go on after a kill, at the very step
+  train --config configs/demo.yaml --set training.max_steps=100 --set data.data_dir=data/mine
+  train --config configs/demo.yaml --print-config                      every key with its value
+
+With Open MPI, mpirun wants --oversubscribe for more ranks than cores, and as root --allow-run-as-root.
+OMP_NUM_THREADS sets the threads of a rank; otherwise the ranks of a host share its cores.
+
+Exit codes: 0 success; 1 training failed; 2 a mistake in flags, configuration or batch sizes.";
+
+/// Trains a GPT on as many processes as the launcher starts.
 #[derive(Parser, Debug)]
-pub struct TrainArgs {}
+#[command(name = "train", version, after_help = EXAMPLES)]
+pub struct TrainArgs {
+    /// YAML file with sections model, training, data, generation, paths, distributed
+    #[arg(long, value_name = "FILE", default_value = "configs/config.yaml")]
+    config: PathBuf,
 
-/// Runs `lm train`.
-pub fn run(_args: TrainArgs) -> Result<()> {
-    Err(Error::Training("not written yet".into()))
+    /// Checkpoint or run folder to go on from; `auto`: the newest whole checkpoint of the newest run of this name
+    #[arg(long, value_name = "PATH|auto")]
+    resume: Option<String>,
+
+    /// Name of the run; its folder is <timestamp>_<run name>
+    #[arg(long, value_name = "NAME", default_value = "gpt")]
+    run_name: String,
+
+    /// Folder that holds the runs' folders; overrides the section paths
+    #[arg(long, value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+
+    /// Overrides one key of the configuration; may be repeated
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    overrides: Vec<String>,
+
+    /// Prints the configuration with every key and exits
+    #[arg(long)]
+    print_config: bool,
+}
+
+/// Runs `train`.
+///
+/// # Errors
+/// Of [`Config::load`] and [`run_distributed_training`].
+pub fn run(args: TrainArgs) -> Result<()> {
+    let mut config = Config::load(Some(&args.config), &args.overrides)?;
+    if let Some(folder) = args.output_dir {
+        config.paths = PathsSection { checkpoint_dir: folder, ..Default::default() };
+    }
+    if args.print_config {
+        if launched_rank() == 0 {
+            print!("{}", config.to_yaml());
+        }
+        return Ok(());
+    }
+    let resume = args.resume.as_deref().map(Resume::from);
+    run_distributed_training(&config, resume.as_ref(), &args.run_name).map(drop)
 }

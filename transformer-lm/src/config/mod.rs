@@ -1,1 +1,351 @@
 //! The typed configuration file.
+//!
+//! A configuration is made of layers: the defaults, a YAML file, then `section.key=value` overrides. Every layer is checked
+//! for unknown keys and wrong types on its own, so that an error names the file or flag at fault; the result is checked
+//! for impossible values.
+//!
+//! ```
+//! # fn main() -> Result<(), transformer_lm::Error> {
+//! use transformer_lm::config::Config;
+//!
+//! let config = Config::from_yaml("training: {epochs: 3}", "demo.yaml")?;
+//! assert_eq!((config.training.epochs, config.model.d_model), (3, 768));
+//! # Ok(()) }
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_yaml::Value;
+
+use crate::model::ModelConfig;
+use crate::{Error, Result};
+
+mod layers;
+mod validate;
+mod values;
+
+pub use values::{AmpDtype, DeviceChoice, HorovodCompression, LrSchedule, VocabSize};
+
+/// Everything that a run depends on, apart from the text and the number of ranks.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The shape of the transformer.
+    pub model: ModelSection,
+    /// The loop: how long, how fast, how often to log, evaluate and save.
+    pub training: TrainingSection,
+    /// Where the tokens are.
+    pub data: DataSection,
+    /// Defaults of text generation.
+    pub generation: GenerationSection,
+    /// Where runs are recorded.
+    pub paths: PathsSection,
+    /// How gradients travel.
+    pub distributed: DistributedSection,
+    /// Seed of the initial weights, the order of the data and dropout.
+    pub seed: Seed,
+}
+
+/// The root key `seed`; 42 by default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Seed(pub u64);
+
+impl Default for Seed {
+    fn default() -> Self {
+        Seed(42)
+    }
+}
+
+/// Section `model`: the shape of the transformer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelSection {
+    /// Width of the residual stream; a multiple of `n_heads`.
+    pub d_model: usize,
+    /// Attention heads per layer.
+    pub n_heads: usize,
+    /// Number of layers.
+    pub n_layers: usize,
+    /// Width of the feed-forward part.
+    pub d_ff: usize,
+    /// Probability that dropout zeroes an activation; in [0, 1).
+    pub dropout: f64,
+    /// Context: the most tokens that the model sees at once.
+    pub max_seq_len: usize,
+    /// Size of the vocabulary, or `auto`: that of the prepared data.
+    pub vocab_size: VocabSize,
+    /// Token that only fills up, or null. With `vocab_size: auto` an id beyond the vocabulary counts as null.
+    pub pad_token_id: Option<i64>,
+}
+
+impl Default for ModelSection {
+    fn default() -> Self {
+        ModelSection {
+            d_model: 768,
+            n_heads: 12,
+            n_layers: 12,
+            d_ff: 3072,
+            dropout: 0.1,
+            max_seq_len: 512,
+            vocab_size: VocabSize::Fixed(50257),
+            pad_token_id: Some(50256),
+        }
+    }
+}
+
+/// Section `training`: the loop.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainingSection {
+    /// Passes over the training part; ignored where `max_steps` is given.
+    pub epochs: u64,
+    /// Optimizer updates in all, or null: `epochs` decides.
+    pub max_steps: Option<u64>,
+    /// Sequences per rank and micro-batch; with `global_batch_size` the upper bound of it.
+    pub per_gpu_batch_size: usize,
+    /// Sequences per optimizer update over all ranks; accumulation is then derived. Null: `per_gpu_batch_size` ×
+    /// `gradient_accumulation_steps` × ranks.
+    pub global_batch_size: Option<usize>,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Where the schedule ends; at most `learning_rate`.
+    pub min_lr: f64,
+    /// What the learning rate does after warmup.
+    pub lr_schedule: LrSchedule,
+    /// Updates over which the learning rate rises linearly to its peak.
+    pub warmup_steps: u64,
+    /// AdamW's decoupled decay, on matrices (not on biases and gains).
+    pub weight_decay: f64,
+    /// AdamW's decay rates of the two moments.
+    pub betas: [f64; 2],
+    /// AdamW's ε.
+    pub eps: f64,
+    /// Micro-batches per update; ignored where `global_batch_size` is given.
+    pub gradient_accumulation_steps: usize,
+    /// The reduced gradients are scaled down to this norm; 0 turns clipping off.
+    pub max_grad_norm: f64,
+    /// Updates between two lines of the log.
+    pub log_interval: u64,
+    /// Updates between two checkpoints; 0: only at the ends of epochs and of training.
+    pub save_interval: u64,
+    /// Updates between two validations; 0: only at the ends of epochs and of training.
+    pub eval_interval: u64,
+    /// How many of the newest `checkpoint_*` folders stay; 0 keeps all. `best_model` and `final_model` always stay.
+    pub keep_checkpoints: usize,
+    /// Multiplies `learning_rate` and `min_lr` by the number of ranks.
+    pub scale_lr_by_world_size: bool,
+    /// Precision of the arithmetic.
+    pub amp_dtype: AmpDtype,
+    /// Recomputes activations in the backward pass instead of keeping them.
+    pub gradient_checkpointing: bool,
+    /// Where to compute.
+    pub device: DeviceChoice,
+}
+
+impl Default for TrainingSection {
+    fn default() -> Self {
+        TrainingSection {
+            epochs: 10,
+            max_steps: None,
+            per_gpu_batch_size: 16,
+            global_batch_size: None,
+            learning_rate: 3e-4,
+            min_lr: 0.0,
+            lr_schedule: LrSchedule::Linear,
+            warmup_steps: 1000,
+            weight_decay: 0.01,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            gradient_accumulation_steps: 2,
+            max_grad_norm: 1.0,
+            log_interval: 50,
+            save_interval: 500,
+            eval_interval: 250,
+            keep_checkpoints: 3,
+            scale_lr_by_world_size: false,
+            amp_dtype: AmpDtype::Bf16,
+            gradient_checkpointing: false,
+            device: DeviceChoice::Auto,
+        }
+    }
+}
+
+/// Section `data`: where the tokens are.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataSection {
+    /// The folder that `lm prepare` wrote.
+    pub data_dir: PathBuf,
+    /// Threads that read ahead.
+    pub num_workers: usize,
+}
+
+impl Default for DataSection {
+    fn default() -> Self {
+        DataSection { data_dir: "data/prepared".into(), num_workers: 8 }
+    }
+}
+
+/// Section `generation`: defaults of text generation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GenerationSection {
+    /// Length of a reply in tokens.
+    pub max_new_tokens: usize,
+    /// Divides the logits; 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Draws from this many likeliest tokens; 0 from all.
+    pub top_k: usize,
+    /// Draws from the fewest tokens that hold this probability; in (0, 1].
+    pub top_p: f64,
+    /// Texts per prompt.
+    pub num_samples: usize,
+}
+
+impl Default for GenerationSection {
+    fn default() -> Self {
+        GenerationSection { max_new_tokens: 100, temperature: 0.8, top_k: 50, top_p: 0.9, num_samples: 5 }
+    }
+}
+
+/// Section `paths`: where runs are recorded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PathsSection {
+    /// Holds the folders of runs, `<timestamp>_<run name>`, each with its checkpoints. `--output_dir` overrides it.
+    pub checkpoint_dir: PathBuf,
+    /// Where `metrics.csv` goes, in a subfolder with the run folder's name; null: into the run's folder.
+    pub log_dir: Option<PathBuf>,
+    /// The same for TensorBoard's event files; null: `tensorboard` in the run's folder.
+    pub tensorboard_dir: Option<PathBuf>,
+}
+
+impl Default for PathsSection {
+    fn default() -> Self {
+        PathsSection { checkpoint_dir: "runs".into(), log_dir: None, tensorboard_dir: None }
+    }
+}
+
+/// Section `distributed`: how gradients travel.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DistributedSection {
+    /// Compression of gradients on the wire.
+    pub horovod_compression: HorovodCompression,
+}
+
+/// Reads and checks a configuration file.
+///
+/// # Errors
+/// [`Error::Config`] that names the file, the key, its value and what was expected; [`Error::Io`] where the file
+/// cannot be read.
+pub fn load_config(path: impl AsRef<Path>) -> Result<Config> {
+    Config::load(Some(path.as_ref()), &[])
+}
+
+impl Config {
+    /// The defaults, then the file (if any), then `section.key=value` overrides in order.
+    ///
+    /// # Errors
+    /// As [`load_config`].
+    pub fn load(path: Option<&Path>, overrides: &[String]) -> Result<Config> {
+        let mut layers = Vec::new();
+        if let Some(path) = path {
+            let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+            layers.push(layers::Layer::parse(&text, &path.display().to_string())?);
+        }
+        for text in overrides {
+            layers.push(layers::Layer::parse_override(text)?);
+        }
+        layers::build(Config::default(), &layers)
+    }
+
+    /// Reads a configuration from text; `source` is the name that errors give it.
+    ///
+    /// # Errors
+    /// As [`load_config`].
+    pub fn from_yaml(text: &str, source: &str) -> Result<Config> {
+        layers::build(Config::default(), &[layers::Layer::parse(text, source)?])
+    }
+
+    /// Lays `value`, a mapping of sections, over this configuration: what it does not name stays.
+    ///
+    /// # Errors
+    /// As [`load_config`].
+    pub fn merge(&self, value: Value) -> Result<Config> {
+        layers::build(self.clone(), &[layers::Layer::new(value, "merged values")?])
+    }
+
+    /// The configuration as a tree of YAML values.
+    pub fn to_dict(&self) -> Value {
+        serde_yaml::to_value(self).unwrap_or_default()
+    }
+
+    /// The configuration as YAML text with every key.
+    pub fn to_yaml(&self) -> String {
+        serde_yaml::to_string(self).unwrap_or_default()
+    }
+
+    /// Writes [`Config::to_yaml`] to a file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        std::fs::write(&path, self.to_yaml()).map_err(Error::io("write", path))
+    }
+
+    /// The model's shape, with `auto` replaced by the vocabulary of the data.
+    pub fn model_config(&self, data_vocab_size: usize) -> ModelConfig {
+        let model = &self.model;
+        let vocab_size = match model.vocab_size {
+            VocabSize::Auto => data_vocab_size,
+            VocabSize::Fixed(size) => size,
+        };
+        ModelConfig {
+            vocab_size,
+            d_model: model.d_model,
+            n_heads: model.n_heads,
+            n_layers: model.n_layers,
+            d_ff: model.d_ff,
+            max_seq_len: model.max_seq_len,
+            dropout: model.dropout,
+            pad_token_id: model.pad_token_id,
+            gradient_checkpointing: self.training.gradient_checkpointing,
+        }
+    }
+
+    /// This configuration with the vocabulary's size filled in; what a checkpoint keeps.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where `vocab_size` is a number that the data's tokens exceed.
+    pub fn resolved(&self, data_vocab_size: usize) -> Result<Config> {
+        let mut config = self.clone();
+        match config.model.vocab_size {
+            VocabSize::Fixed(size) if size < data_vocab_size => {
+                return Err(Error::Config(format!(
+                    "model.vocab_size = {size}, but the data in {} has tokens up to {}\n\
+                     hint: use vocab_size: auto, or at least {data_vocab_size}",
+                    self.data.data_dir.display(),
+                    data_vocab_size - 1
+                )));
+            }
+            VocabSize::Fixed(_) => {}
+            VocabSize::Auto => {
+                config.model.vocab_size = VocabSize::Fixed(data_vocab_size);
+                let fits = |id: &i64| (*id as u64) < data_vocab_size as u64;
+                config.model.pad_token_id = config.model.pad_token_id.filter(fits);
+            }
+        }
+        Ok(config)
+    }
+
+    /// Things that are allowed but seldom meant, one text each.
+    pub fn warnings(&self) -> Vec<String> {
+        validate::warnings(self)
+    }
+}
+
+#[cfg(test)]
+mod tests;

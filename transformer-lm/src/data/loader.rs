@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
+use hvd_torch::DistributedSampler;
 use tch::{Device, Tensor};
 
-use super::sampler::DistributedSampler;
 use super::{PreparedData, TokenDataset, load_preprocessed_data};
 use crate::{Error, Result};
 
@@ -135,7 +135,7 @@ pub struct ValLoader {
 }
 
 impl ValLoader {
-    /// A loader for one rank, in batches of `micro_batch` sequences.
+    /// A loader for one rank, in batches of `micro_batch` sequences, or more where sequences are short.
     ///
     /// # Errors
     /// Held-out data of fewer than two tokens.
@@ -145,12 +145,13 @@ impl ValLoader {
             let text = "the held-out part needs at least 2 tokens; prepare it with a larger --val-fraction";
             return Err(Error::data(dataset.shard().path(), text));
         }
+        let batch = config.micro_batch.max(cheap_tokens(dataset.shard().header().vocab_size) / config.seq_len);
         let all = dataset.predictions().div_ceil(config.seq_len as u64);
         let share = |rank: usize| (u128::from(all) * rank as u128 / config.size as u128) as u64;
         Ok(Self {
             dataset,
             seq_len: config.seq_len,
-            batch: config.micro_batch,
+            batch,
             blocks: share(config.rank)..share(config.rank + 1),
             device: config.device,
         })
@@ -165,6 +166,11 @@ impl ValLoader {
     pub fn batches(&self) -> ValBatches<'_> {
         ValBatches { loader: self, next: self.blocks.start }
     }
+}
+
+/// Tokens that a forward pass takes at once with little memory: of logits at most 16 MiB.
+fn cheap_tokens(vocab_size: usize) -> usize {
+    ((1 << 22) / vocab_size).min(1 << 12)
 }
 
 /// One walk over a rank's share of the held-out part.

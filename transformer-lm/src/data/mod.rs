@@ -4,11 +4,9 @@
 //! `seq_len + 1` tokens, each block's last token being the next one's first: a block holds `seq_len` predictions.
 
 mod dataset;
-mod files;
 mod loader;
 mod output;
 mod prepare;
-mod sampler;
 pub mod shard;
 mod tokenizer;
 

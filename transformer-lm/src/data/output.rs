@@ -1,9 +1,10 @@
 //! The folder that `prepare` makes: it appears at once and whole, or not at all, and never in place of anything else.
 
+use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::{TOKENIZER_FILE, TRAIN_FILE, VAL_FILE, files, shard};
+use super::{TOKENIZER_FILE, TRAIN_FILE, VAL_FILE, shard};
 use crate::{Error, Result};
 
 /// All tokens before they are split; only while a folder is being made.
@@ -45,7 +46,7 @@ impl Output {
 
     /// Gives the staging folder its name; what had it is removed.
     pub(super) fn publish(self) -> Result<()> {
-        files::sync_folder(&self.staging)?;
+        sync_folder(&self.staging)?;
         let there = self.target.exists();
         if there {
             std::fs::rename(&self.target, &self.replaced).map_err(Error::io("rename", &self.target))?;
@@ -57,7 +58,7 @@ impl Output {
             return Err(Error::io("create", &self.target)(error));
         }
         remove(&self.replaced)?;
-        self.target.parent().map_or(Ok(()), files::sync_folder)
+        self.target.parent().map_or(Ok(()), sync_folder)
     }
 }
 
@@ -95,7 +96,12 @@ fn entries(folder: &Path) -> Result<Vec<String>> {
 
 fn is_shard(path: &Path) -> bool {
     let mut start = [0; shard::MAGIC.len()];
-    std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && &start == shard::MAGIC
+    File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && &start == shard::MAGIC
+}
+
+/// Makes a folder's entries durable.
+fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io("sync", folder))
 }
 
 /// Removes a folder of ours, file by file: whatever else lies in it stops the removal.

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use serde::{Deserialize, Serialize};
 use tiktoken_rs::CoreBPE;
 
-use super::files;
+use crate::checkpoint::write_atomically;
 use crate::{Error, Result};
 
 /// The file that holds a data folder's or a checkpoint's tokenizer.
@@ -141,7 +141,7 @@ impl Tokenizer {
         let path = folder.join(TOKENIZER_FILE);
         let text = serde_json::to_string_pretty(&description)
             .map_err(|error| Error::data(&path, format!("cannot be written: {error}")))?;
-        files::write_atomically(&path, format!("{text}\n").as_bytes())
+        write_atomically(&path, format!("{text}\n").as_bytes())
     }
 
     fn from_description(description: Description) -> std::result::Result<Self, String> {

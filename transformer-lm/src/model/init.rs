@@ -7,19 +7,25 @@ use super::random;
 /// Draws a model's first weights. A weight depends on the seed, its name and its shape: not on the device, the element
 /// type (each is drawn in f32 and then converted) or the order in which parameters are made.
 pub(super) struct Init {
-    seed: u64,
+    /// Without one every weight is 0: they will be read from a file.
+    seed: Option<u64>,
     /// All parameters so far, in the order they were made.
     pub(super) parameters: Vec<(String, Tensor)>,
 }
 
 impl Init {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(super) fn new(seed: Option<u64>) -> Self {
         Self { seed, parameters: Vec::new() }
     }
 
     pub(super) fn normal(&mut self, path: &nn::Path, name: &str, shape: &[usize], std: f64) -> Tensor {
-        let values = random::normal(self.seed, &path.path(name), shape.iter().product(), std);
-        self.add(path, name, shape, &values)
+        match self.seed {
+            Some(seed) => {
+                let values = random::normal(seed, &path.path(name), shape.iter().product(), std);
+                self.add(path, name, shape, &values)
+            }
+            None => self.constant(path, name, shape, 0.0),
+        }
     }
 
     pub(super) fn constant(&mut self, path: &nn::Path, name: &str, shape: &[usize], value: f32) -> Tensor {

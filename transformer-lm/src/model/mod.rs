@@ -64,8 +64,19 @@ impl TransformerLM {
     /// # Errors
     /// Where [`ModelConfig::validate`] refuses `config`.
     pub fn new(vs: &nn::Path, config: &ModelConfig, seed: u64) -> Result<Self> {
+        Self::build(vs, config, Init::new(Some(seed)))
+    }
+
+    /// As [`TransformerLM::new`] with all weights 0, to copy others into ([`copy_weights`]).
+    ///
+    /// # Errors
+    /// Where [`ModelConfig::validate`] refuses `config`.
+    pub fn blank(vs: &nn::Path, config: &ModelConfig) -> Result<Self> {
+        Self::build(vs, config, Init::new(None))
+    }
+
+    fn build(vs: &nn::Path, config: &ModelConfig, mut init: Init) -> Result<Self> {
         config.validate()?;
-        let mut init = Init::new(seed);
         let d = config.d_model;
         Ok(Self {
             wte: init.normal(&(vs / "wte"), "weight", &[config.vocab_size, d], STD),

@@ -1,1 +1,310 @@
-//! The training loop.
+//! The training loop, from the first step to the last checkpoint.
+
+mod journal;
+mod learner;
+mod plan;
+mod resume;
+mod schedule;
+mod setup;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use tch::Device;
+
+use crate::Result;
+use crate::checkpoint::{self, CheckpointState, FORMAT_VERSION};
+use crate::config::Config;
+use crate::data::{
+    LoaderConfig, PreparedData, TOKENIZER_FILE, TrainLoader, ValLoader, load_preprocessed_data, loaders_of,
+};
+use crate::metrics::{self, RunMetadata};
+
+use journal::{Journal, Place};
+
+pub use learner::{Learner, Sums, Update};
+pub use plan::{BatchPlan, total_steps};
+pub use resume::Resume;
+pub use schedule::Schedule;
+pub use setup::{Setup, device_of, launched_rank, setup_horovod};
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// The run's folder; rank 0 only.
+    pub run: Option<PathBuf>,
+    /// Updates since the start of training.
+    pub global_step: u64,
+    /// Loss of the last update, in nats per token.
+    pub loss: Option<f64>,
+    /// Lowest loss over the held-out part, in nats per token.
+    pub best_val_loss: Option<f64>,
+}
+
+/// Trains as `config` says, on as many ranks as the launcher started; every rank calls it.
+///
+/// The run is recorded in a new folder `<timestamp>_<run_name>`, or in that of the checkpoint it goes on from.
+///
+/// # Errors
+/// Everything that can be wrong with configuration, data, checkpoints and peers. The other ranks are told the cause.
+pub fn run_distributed_training(config: &Config, resume: Option<&Resume>, run_name: &str) -> Result<Summary> {
+    let setup = setup_horovod(false)?;
+    let outcome = Run::start(config, resume, run_name, &setup).and_then(Run::train);
+    match &outcome {
+        Ok(_) => setup.world.shutdown().map_err(hvd_torch::Error::from)?,
+        Err(error) => setup.world.abort(&error.to_string()),
+    }
+    outcome
+}
+
+/// A run between two updates.
+struct Run<'a> {
+    setup: &'a Setup,
+    /// With the vocabulary's size filled in.
+    config: Config,
+    train: TrainLoader,
+    val: ValLoader,
+    learner: Learner,
+    schedule: Schedule,
+    /// Updates in all.
+    total: u64,
+    state: CheckpointState,
+    /// Rank 0's.
+    journal: Option<Journal>,
+    run: Option<PathBuf>,
+    /// Tokens and seconds of updates since the last row.
+    pace: (f64, f64),
+}
+
+impl<'a> Run<'a> {
+    /// Opens the data, makes the model, and takes up the checkpoint, if any.
+    fn start(config: &Config, resume: Option<&Resume>, run_name: &str, setup: &'a Setup) -> Result<Run<'a>> {
+        let data = load_preprocessed_data(&config.data.data_dir)?;
+        let config = config.resolved(data.vocab_size)?;
+        let shape = config.model_config(data.vocab_size);
+        let device = device_of(config.training.device, setup)?;
+        let plan = BatchPlan::new(&config.training, setup.world_size)?;
+        let (train, val) = loaders_of(&data, &loader_config(&config, &plan, setup, device))?;
+        let total = total_steps(&config.training, train.steps_per_epoch());
+        let learner = Learner::new(&config, &shape, &plan, &setup.world, device)?;
+        let mut run = Run {
+            schedule: Schedule::new(&config.training, setup.world_size, total),
+            state: fresh_state(&config, &plan, &train, setup),
+            setup,
+            train,
+            val,
+            learner,
+            total,
+            journal: None,
+            run: None,
+            pace: (0.0, 0.0),
+            config,
+        };
+        run.take_up(resume, run_name, device)?;
+        run.introduce(&data, &shape, &plan, device);
+        Ok(run)
+    }
+
+    /// Rank 0 finds the folder and loads the checkpoint; the others take its state.
+    fn take_up(&mut self, resume: Option<&Resume>, run_name: &str, device: Device) -> Result<()> {
+        let threads = self.setup.threads;
+        let here = metrics::Device { host: metrics::host(), device: device_name(device), threads };
+        let devices = self.setup.world.allgather_object("run.devices", &here).map_err(hvd_torch::Error::from)?;
+        if self.setup.rank == 0 {
+            let start = resume::find(&self.config.paths, resume, run_name)?;
+            if let Some(path) = &start.checkpoint {
+                let saved = checkpoint::read_state(path)?;
+                resume::check(&saved, &self.state)?;
+                let saved = checkpoint::load_checkpoint(path, &self.learner.model, self.learner.optimizer.inner_mut())?;
+                self.state = CheckpointState { world_size: self.setup.world_size, files: BTreeMap::new(), ..saved };
+            }
+            let run = start.run.with_folders()?;
+            self.run = Some(run.root.clone());
+            RunMetadata::collect(devices, start.checkpoint.as_deref()).append(&run.root)?;
+            let tokenizer = self.config.data.data_dir.join(TOKENIZER_FILE);
+            let journal = Journal::open(run, &self.config, &tokenizer, &self.state, self.total)?;
+            start.notes.iter().for_each(|note| journal.say(note));
+            self.journal = Some(journal);
+        }
+        let state = (self.setup.rank == 0).then(|| self.state.clone());
+        self.state = self.setup.world.broadcast_object("run.state", state, 0).map_err(hvd_torch::Error::from)?;
+        self.learner.scaler = self.state.scaler.or(self.learner.scaler);
+        self.learner.broadcast()
+    }
+
+    fn train(mut self) -> Result<Summary> {
+        if self.state.global_step > 0 {
+            self.save_due()?; // what a kill prevented right after the checkpoint that we go on from
+        }
+        while self.state.global_step < self.total {
+            self.update()?;
+            if self.is_due(self.config.training.eval_interval) {
+                self.validate()?;
+            }
+            self.save_due()?;
+        }
+        self.finish()
+    }
+
+    /// One update, and its row where one is due.
+    fn update(&mut self) -> Result<()> {
+        let (done, lr) = (self.state.global_step, self.schedule.at(self.state.global_step));
+        let place = Place { epoch: self.state.epoch + 1, update: self.state.step + 1, global_step: done + 1 };
+        let logs = done == 0 || (done + 1).is_multiple_of(self.config.training.log_interval) || done + 1 == self.total;
+        let started = Instant::now();
+        let batches = self.train.step(self.state.epoch, self.state.step)?;
+        let update = self.learner.update(&batches, lr, done, logs)?;
+        self.pace.0 += update.sums.tokens;
+        self.pace.1 += started.elapsed().as_secs_f64();
+        self.advance(update.sums.mean_loss());
+        if let Some(journal) = &mut self.journal {
+            let tokens_per_s = self.pace.0 / self.pace.1;
+            journal.tick(done + 1, &update, lr, tokens_per_s);
+            if logs {
+                journal.trained(place, &update, lr, tokens_per_s)?;
+            }
+        }
+        if logs {
+            self.pace = (0.0, 0.0);
+        }
+        Ok(())
+    }
+
+    /// Moves the position past an update.
+    fn advance(&mut self, loss: f64) {
+        let state = &mut self.state;
+        (state.global_step, state.step, state.loss) = (state.global_step + 1, state.step + 1, Some(loss));
+        if state.step == self.train.steps_per_epoch() {
+            (state.epoch, state.step) = (state.epoch + 1, 0);
+        }
+    }
+
+    /// Every `interval` updates (0: never), at the end of an epoch and at the end of training.
+    fn is_due(&self, interval: u64) -> bool {
+        let step = self.state.global_step;
+        step == self.total || self.state.step == 0 || (interval > 0 && step.is_multiple_of(interval))
+    }
+
+    /// The loss over the whole held-out part; each rank takes a share.
+    fn validate(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let sums = self.learner.evaluate(self.val.batches())?.over_ranks(&self.setup.world, "val.sums")?;
+        let best = self.state.best_val_loss.is_none_or(|best| sums.mean_loss() < best);
+        if best {
+            self.state.best_val_loss = Some(sums.mean_loss());
+        }
+        if let Some(journal) = &mut self.journal {
+            let at_edge = self.state.step == 0;
+            let place = Place {
+                epoch: if at_edge { self.state.epoch } else { self.state.epoch + 1 },
+                update: if at_edge { self.train.steps_per_epoch() } else { self.state.step },
+                global_step: self.state.global_step,
+            };
+            let lr = self.schedule.at(self.state.global_step - 1);
+            journal.validated(place, &sums, lr, started.elapsed().as_secs_f64())?;
+            if best {
+                journal.save_best(&self.state, &self.learner);
+            }
+        }
+        Ok(())
+    }
+
+    fn save_due(&self) -> Result<()> {
+        self.journal.as_ref().map_or(Ok(()), |journal| journal.save_due(&self.state, &self.learner))
+    }
+
+    fn finish(self) -> Result<Summary> {
+        let CheckpointState { global_step, loss, best_val_loss, .. } = self.state;
+        if let Some(journal) = &self.journal {
+            journal.close();
+            let best = best_val_loss
+                .map(|loss| format!("; best validation loss {loss:.4} nats per token"))
+                .unwrap_or_default();
+            let folder = self.run.as_ref().map(|run| run.display().to_string()).unwrap_or_default();
+            journal.say(&format!("done: {global_step} updates{best}\nrun folder: {folder}"));
+        }
+        Ok(Summary { run: self.run, global_step, loss, best_val_loss })
+    }
+
+    /// Tells a person what is about to happen.
+    fn introduce(&self, data: &PreparedData, shape: &crate::model::ModelConfig, plan: &BatchPlan, device: Device) {
+        let Some(journal) = &self.journal else { return };
+        let (ranks, threads) = (self.setup.world_size, self.setup.threads);
+        let per_epoch = self.train.steps_per_epoch();
+        for line in [
+            format!(
+                "model: {} parameters ({} layers of width {}, {} heads, context {}), vocabulary {} ({})",
+                metrics::thousands(shape.parameter_count() as f64),
+                shape.n_layers,
+                shape.d_model,
+                shape.n_heads,
+                shape.max_seq_len,
+                shape.vocab_size,
+                data.tokenizer.name()
+            ),
+            format!(
+                "ranks: {ranks} ({}), threads per rank: {threads}, device: {}, precision: {:?}",
+                self.setup.world.backend(),
+                device_name(device),
+                self.config.training.amp_dtype
+            ),
+            format!(
+                "batch: {} sequences per update = {ranks} ranks x {} micro-batches x {} sequences",
+                plan.global, plan.accumulation, plan.micro
+            ),
+            format!(
+                "steps: {} of {} updates done; {per_epoch} updates are an epoch; held out: {} tokens",
+                self.state.global_step,
+                self.total,
+                metrics::thousands(self.val.total_predictions() as f64)
+            ),
+        ] {
+            journal.say(&line);
+        }
+        if let Some(run) = &self.run {
+            journal.say(&format!("run folder: {}", run.display()));
+        }
+        for warning in self.config.warnings() {
+            journal.say(&format!("warning: {warning}"));
+        }
+    }
+}
+
+fn loader_config(config: &Config, plan: &BatchPlan, setup: &Setup, device: Device) -> LoaderConfig {
+    LoaderConfig {
+        data_dir: config.data.data_dir.clone(),
+        seq_len: config.model.max_seq_len,
+        global_batch: plan.global,
+        micro_batch: plan.micro,
+        rank: setup.rank,
+        size: setup.world_size,
+        seed: config.seed.0,
+        device,
+    }
+}
+
+fn fresh_state(config: &Config, plan: &BatchPlan, train: &TrainLoader, setup: &Setup) -> CheckpointState {
+    CheckpointState {
+        format_version: FORMAT_VERSION,
+        epoch: 0,
+        step: 0,
+        global_step: 0,
+        loss: None,
+        best_val_loss: None,
+        seed: config.seed.0,
+        global_batch_size: plan.global,
+        batches_per_epoch: train.steps_per_epoch(),
+        world_size: setup.world_size,
+        wall_time: 0.0,
+        scaler: None,
+        files: BTreeMap::new(),
+    }
+}
+
+fn device_name(device: Device) -> String {
+    match device {
+        Device::Cuda(index) => format!("cuda:{index}"),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}

@@ -1,0 +1,345 @@
+//! DistributedOptimizer with ranks that are threads.
+
+mod common;
+
+use common::{Mlp, distance, numbers, ranks, values, watched};
+use hvd_torch::{
+    AdamW, Builder, Compression, DistributedOptimizer, Optimizer, ParamGroup, ReduceOp, TchOptimizer, World, set_grad,
+};
+use tch::nn::OptimizerConfig;
+use tch::{Device, Kind, Tensor, nn};
+
+const SIZES: [usize; 3] = [1, 2, 3];
+/// Rows of a global batch; divides by all sizes, twice.
+const ROWS: i64 = 12;
+
+fn adamw(params: Vec<(String, Tensor)>) -> AdamW {
+    AdamW::new(vec![ParamGroup { params, lr: 1e-2, weight_decay: 0.1 }], (0.9, 0.95), 1e-8).unwrap()
+}
+
+fn builder(world: &World, mlp: &Mlp) -> Builder<AdamW> {
+    DistributedOptimizer::builder(adamw(mlp.shallow())).world(world.clone())
+}
+
+fn global_batch(kind: Kind, step: i64) -> Tensor {
+    numbers(&[ROWS, 8], kind, step)
+}
+
+/// A rank's rows of a global batch.
+fn local_batch(world: &World, kind: Kind, step: i64) -> Tensor {
+    let rows = ROWS / world.size() as i64;
+    global_batch(kind, step).narrow(0, rows * world.rank() as i64, rows)
+}
+
+/// The gradients of one process on the whole batch.
+fn joined_gradients(kind: Kind) -> Vec<Tensor> {
+    let mlp = Mlp::new(kind);
+    mlp.loss(&global_batch(kind, 0)).backward();
+    mlp.gradients()
+}
+
+/// One synchronized backward pass on `size` ranks: rank 0's gradients, after a check that all ranks have the same bits.
+fn reduced_gradients(size: usize, kind: Kind, configure: fn(Builder<AdamW>) -> Builder<AdamW>) -> Vec<Tensor> {
+    let mut all = ranks(size, |world| {
+        let mlp = Mlp::new(kind);
+        let mut optimizer = configure(builder(&world, &mlp)).build().unwrap();
+        mlp.loss(&local_batch(&world, kind, 0)).backward();
+        optimizer.synchronize().unwrap();
+        mlp.gradients()
+    });
+    let bits = |gradients: &Vec<Tensor>| gradients.iter().map(values).collect::<Vec<_>>();
+    assert!(all.iter().all(|rank| bits(rank) == bits(&all[0])), "ranks differ");
+    all.swap_remove(0)
+}
+
+fn worst(a: &[Tensor], b: &[Tensor]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| distance(a, b)).fold(0.0, f64::max)
+}
+
+#[test]
+fn averaged_gradients_are_those_of_the_joined_batch() {
+    watched(|| {
+        for size in SIZES {
+            let expected = joined_gradients(Kind::Double);
+            let one_bucket = reduced_gradients(size, Kind::Double, |builder| builder);
+            assert!(worst(&one_bucket, &expected) < 1e-15, "{size} ranks");
+            let many_buckets = reduced_gradients(size, Kind::Double, |builder| builder.bucket_bytes(1));
+            assert!(worst(&many_buckets, &expected) < 1e-15, "{size} ranks");
+            let summed = reduced_gradients(size, Kind::Double, |builder| builder.op(ReduceOp::Sum));
+            let factor = size as f64;
+            assert!(summed.iter().zip(&expected).all(|(sum, mean)| distance(sum, &(mean * factor)) < 1e-14));
+        }
+    });
+}
+
+#[test]
+fn compression_narrows_the_wire_only() {
+    watched(|| {
+        for size in SIZES {
+            let expected = joined_gradients(Kind::Float);
+            for (configure, tolerance) in [
+                ((|builder| builder.compression(Compression::Bf16)) as fn(Builder<AdamW>) -> Builder<AdamW>, 1e-2),
+                (|builder| builder.compression(Compression::Fp16), 1e-3),
+            ] {
+                let gradients = reduced_gradients(size, Kind::Float, configure);
+                assert_eq!(gradients[0].kind(), Kind::Float);
+                let off = worst(&gradients, &expected);
+                assert!(off < tolerance, "{size} ranks: {off}");
+                assert!(size == 1 || off > 1e-7, "{size} ranks: nothing was narrowed");
+            }
+        }
+    });
+}
+
+#[test]
+fn bf16_parameters_work() {
+    watched(|| {
+        for size in SIZES {
+            let off =
+                worst(&reduced_gradients(size, Kind::BFloat16, |builder| builder), &joined_gradients(Kind::BFloat16));
+            assert!(off < 2e-2, "{size} ranks: {off}");
+        }
+    });
+}
+
+/// Trains on `size` ranks with accumulation and clipping; the losses over the whole batch, and the final parameters.
+fn train(size: usize, passes: usize) -> (Vec<f64>, Vec<Vec<f64>>) {
+    let all = ranks(size, |world| {
+        let mlp = Mlp::new(Kind::Double);
+        let mut optimizer = builder(&world, &mlp).backward_passes_per_step(passes).build().unwrap();
+        let mut losses = Vec::new();
+        for step in 0..8 {
+            optimizer.zero_grad().unwrap();
+            let batch = local_batch(&world, Kind::Double, step);
+            for micro in batch.chunk(passes as i64, 0) {
+                (mlp.loss(&micro) / passes as f64).backward();
+            }
+            assert!(optimizer.clip_grad_norm(0.05).unwrap() > 0.05, "clipping is active");
+            optimizer.step().unwrap();
+            losses.push(mlp.loss(&global_batch(Kind::Double, step)).double_value(&[]));
+        }
+        (losses, mlp.params.iter().map(|(_, param)| values(param)).collect())
+    });
+    assert!(all.iter().all(|rank| *rank == all[0]), "ranks differ");
+    all.into_iter().next().unwrap()
+}
+
+#[test]
+fn training_does_not_depend_on_ranks_or_accumulation() {
+    watched(|| {
+        let (expected, _) = train(1, 1);
+        assert!(expected[7] < expected[0]);
+        for (size, passes) in [(1, 2), (2, 1), (2, 3), (3, 2)] {
+            let (losses, _) = train(size, passes);
+            let off = losses.iter().zip(&expected).map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max);
+            assert!(off < 1e-12, "{size} ranks, {passes} passes: {off}");
+            assert_eq!(train(size, passes), train(size, passes), "two runs differ");
+        }
+    });
+}
+
+#[test]
+fn unused_parameters_are_reduced_as_zeros() {
+    watched(|| {
+        for size in SIZES {
+            let all = ranks(size, |world| {
+                let x = |at| numbers(&[3], Kind::Double, at).detach().set_requires_grad(true);
+                let (everywhere, sometimes, never) = (x(1), x(2), x(3));
+                let params = [("everywhere", &everywhere), ("sometimes", &sometimes), ("never", &never)];
+                let params = params.map(|(name, param)| (name.to_string(), param.shallow_clone()));
+                let adamw = adamw(params.into());
+                let mut optimizer = DistributedOptimizer::builder(adamw).world(world.clone()).build().unwrap();
+                let mut loss = everywhere.sum(Kind::Double);
+                if world.rank() == 0 {
+                    loss += sometimes.sum(Kind::Double) * 6.0;
+                }
+                loss.backward();
+                optimizer.step().unwrap();
+                [&everywhere, &sometimes, &never].map(|param| values(&param.grad())[0])
+            });
+            assert!(all.iter().all(|rank| *rank == [1.0, 6.0 / size as f64, 0.0]), "{all:?}");
+        }
+    });
+}
+
+#[test]
+fn too_many_backward_passes_are_an_error() {
+    watched(|| {
+        for size in SIZES {
+            ranks(size, |world| {
+                let mlp = Mlp::new(Kind::Double);
+                let mut optimizer = builder(&world, &mlp).backward_passes_per_step(2).build().unwrap();
+                let batch = local_batch(&world, Kind::Double, 0);
+                (0..3).for_each(|_| mlp.loss(&batch).backward());
+                let error = optimizer.step().unwrap_err().to_string();
+                let expected = ["more backward passes", "pass 3", "is 2", "Call step()", "backward_passes_per_step(n)"];
+                assert!(expected.iter().all(|part| error.contains(part)), "{error}");
+                assert!(optimizer.synchronize().is_err(), "the error stays");
+            });
+        }
+    });
+}
+
+#[test]
+fn backward_after_synchronize_is_an_error() {
+    watched(|| {
+        ranks(2, |world| {
+            let mlp = Mlp::new(Kind::Double);
+            let mut optimizer = builder(&world, &mlp).build().unwrap();
+            let batch = local_batch(&world, Kind::Double, 0);
+            mlp.loss(&batch).backward();
+            optimizer.synchronize().unwrap();
+            mlp.loss(&batch).backward();
+            let error = optimizer.step().unwrap_err().to_string();
+            assert!(error.contains("after synchronize() and before step()"), "{error}");
+        });
+    });
+}
+
+#[test]
+fn a_step_can_be_skipped_and_passes_changed_in_between() {
+    watched(|| {
+        ranks(2, |world| {
+            let mlp = Mlp::new(Kind::Double);
+            let mut optimizer = builder(&world, &mlp).build().unwrap();
+            let before = values(&mlp.params[0].1);
+            let batch = local_batch(&world, Kind::Double, 0);
+            mlp.loss(&batch).backward();
+            let in_flight = optimizer.zero_grad().unwrap_err().to_string();
+            assert!(in_flight.contains("being reduced"), "{in_flight}");
+            optimizer.synchronize().unwrap();
+            optimizer.scale_gradients(0.5).unwrap();
+            optimizer.zero_grad().unwrap();
+            assert_eq!(values(&mlp.params[0].1), before);
+            assert!(mlp.gradients().iter().flat_map(values).all(|x| x == 0.0));
+
+            optimizer.set_backward_passes_per_step(2);
+            (0..2).for_each(|_| mlp.loss(&batch).backward());
+            optimizer.step().unwrap();
+            assert_ne!(values(&mlp.params[0].1), before);
+            optimizer.zero_grad().unwrap();
+            mlp.loss(&batch).backward();
+            optimizer.set_backward_passes_per_step(3);
+            let error = optimizer.step().unwrap_err().to_string();
+            assert!(error.contains("from 2 to 3") && error.contains("in the middle"), "{error}");
+        });
+    });
+}
+
+#[test]
+fn gradients_that_were_replaced_come_back_into_the_bucket() {
+    watched(|| {
+        for size in SIZES {
+            ranks(size, |world| {
+                let expected = joined_gradients(Kind::Double);
+                let mlp = Mlp::new(Kind::Double);
+                let mut optimizer = builder(&world, &mlp).build().unwrap();
+                let address = mlp.params[0].1.grad().data_ptr();
+                // Removed before backward: torch makes new tensors, the hooks take them in.
+                for (_, param) in &mlp.params {
+                    set_grad(param, None).unwrap();
+                }
+                mlp.loss(&local_batch(&world, Kind::Double, 0)).backward();
+                optimizer.synchronize().unwrap();
+                assert_eq!(mlp.params[0].1.grad().data_ptr(), address);
+                assert!(worst(&mlp.gradients(), &expected) < 1e-15);
+                optimizer.step().unwrap();
+
+                // Replaced without any backward: synchronize takes them in; a missing one is zero.
+                optimizer.zero_grad().unwrap();
+                let (a, b) = (&mlp.params[0].1, &mlp.params[1].1);
+                set_grad(a, Some(&(a.ones_like() * (world.rank() + 1) as f64))).unwrap();
+                set_grad(b, None).unwrap();
+                optimizer.synchronize().unwrap();
+                assert_eq!(values(&a.grad())[0], (world.size() + 1) as f64 / 2.0);
+                assert_eq!(values(&b.grad())[0], 0.0);
+            });
+        }
+    });
+}
+
+#[test]
+fn one_parameter_belongs_to_one_optimizer() {
+    watched(|| {
+        ranks(1, |world| {
+            let mlp = Mlp::new(Kind::Double);
+            let first = builder(&world, &mlp).build().unwrap();
+            let error = builder(&world, &mlp).build().map(drop).unwrap_err().to_string();
+            assert!(error.contains("already belongs"), "{error}");
+            drop(first);
+            let mut again = builder(&world, &mlp).build().unwrap();
+            mlp.loss(&global_batch(Kind::Double, 0)).backward();
+            again.step().unwrap();
+        });
+    });
+}
+
+#[test]
+fn settings_that_make_no_sense_are_refused() {
+    ranks(1, |world| {
+        let mlp = Mlp::new(Kind::Double);
+        let refused = |builder: Builder<AdamW>| builder.build().map(drop).unwrap_err().to_string();
+        assert!(refused(builder(&world, &mlp).backward_passes_per_step(0)).contains("at least 1"));
+        assert!(refused(builder(&world, &mlp).bucket_bytes(0)).contains("at least 1"));
+        assert!(refused(builder(&world, &mlp).op(ReduceOp::Max)).contains("averaged or summed"));
+    });
+}
+
+#[test]
+fn buckets_follow_the_reverse_order() {
+    ranks(1, |world| {
+        let mlp = Mlp::new(Kind::Double);
+        let each = builder(&world, &mlp).bucket_bytes(1).build().unwrap().buckets().concat();
+        assert_eq!(each, ["second.bias", "second.weight", "first.bias", "first.weight"]);
+        assert_eq!(builder(&world, &mlp).build().unwrap().buckets().len(), 1);
+    });
+}
+
+#[test]
+fn tch_optimizers_are_wrapped_too() {
+    watched(|| {
+        let all = ranks(3, |world| {
+            let vars = nn::VarStore::new(Device::Cpu);
+            let x = vars.root().var_copy("x", &Tensor::from_slice(&[0.0f64]));
+            let sgd = TchOptimizer::new(nn::sgd(0.0, 0.0, 0.0, false).build(&vars, 0.5).unwrap(), &vars).unwrap();
+            let mut optimizer = DistributedOptimizer::builder(sgd).world(world.clone()).build().unwrap();
+            for _ in 0..2 {
+                optimizer.zero_grad().unwrap();
+                (&x * -(world.rank() as f64)).sum(Kind::Double).backward();
+                optimizer.step().unwrap();
+            }
+            values(&x)[0]
+        });
+        assert_eq!(all, [1.0; 3]);
+    });
+}
+
+#[test]
+fn gradients_from_before_count() {
+    watched(|| {
+        ranks(2, |world| {
+            let x = Tensor::from_slice(&[0.0f64]).set_requires_grad(true);
+            (&x * (world.rank() as f64)).sum(Kind::Double).backward();
+            let adamw = adamw(vec![("x".into(), x.shallow_clone())]);
+            let mut optimizer = DistributedOptimizer::builder(adamw).world(world.clone()).build().unwrap();
+            (&x * 10.0).sum(Kind::Double).backward();
+            optimizer.synchronize().unwrap();
+            assert_eq!(values(&x.grad()), [10.5]);
+            assert_eq!(optimizer.inner().parameters().len(), 1);
+        });
+    });
+}
+
+#[test]
+fn ranks_with_other_parameters_are_refused() {
+    watched(|| {
+        let errors = ranks(2, |world| {
+            let mut mlp = Mlp::new(Kind::Double);
+            if world.rank() == 1 {
+                mlp.params.reverse();
+            }
+            builder(&world, &mlp).build().map(drop).unwrap_err().to_string()
+        });
+        assert!(errors.iter().all(|error| error.contains("rank 1 wraps other parameters")), "{errors:?}");
+    });
+}

@@ -1,0 +1,154 @@
+//! What each key expects, and the checks of values.
+
+use super::{AmpDtype, Config, DeviceChoice, VocabSize, layers};
+use crate::{Error, Result};
+
+const COUNT: &str = "a whole number of at least 1";
+const COUNT_OR_ZERO: &str = "a whole number of at least 0";
+const COUNT_OR_NULL: &str = "a whole number of at least 1, or null";
+const POSITIVE: &str = "a number greater than 0";
+const NOT_NEGATIVE: &str = "a number of at least 0";
+const SWITCH: &str = "true or false";
+const PATH: &str = "a path";
+const PATH_OR_NULL: &str = "a path, or null";
+
+/// Every key with what its value has to be.
+pub(super) const EXPECTED: &[(&str, &str)] = &[
+    ("model.d_model", COUNT),
+    ("model.n_heads", COUNT),
+    ("model.n_layers", COUNT),
+    ("model.d_ff", COUNT),
+    ("model.dropout", "a number of at least 0 and less than 1"),
+    ("model.max_seq_len", "a whole number of at least 2"),
+    ("model.vocab_size", "a whole number of at least 2, or auto"),
+    ("model.pad_token_id", "a token id (a whole number of at least 0 and less than model.vocab_size), or null"),
+    ("training.epochs", COUNT),
+    ("training.max_steps", COUNT_OR_NULL),
+    ("training.per_gpu_batch_size", COUNT),
+    ("training.global_batch_size", COUNT_OR_NULL),
+    ("training.learning_rate", POSITIVE),
+    ("training.min_lr", "a number of at least 0 and at most training.learning_rate"),
+    ("training.lr_schedule", "one of linear, cosine, constant"),
+    ("training.warmup_steps", COUNT_OR_ZERO),
+    ("training.weight_decay", NOT_NEGATIVE),
+    ("training.betas", "two numbers of at least 0 and less than 1, for example [0.9, 0.95]"),
+    ("training.eps", POSITIVE),
+    ("training.gradient_accumulation_steps", COUNT),
+    ("training.max_grad_norm", "a number of at least 0 (0 turns clipping off)"),
+    ("training.log_interval", COUNT),
+    ("training.save_interval", COUNT_OR_ZERO),
+    ("training.eval_interval", COUNT_OR_ZERO),
+    ("training.keep_checkpoints", "a whole number of at least 0 (0 keeps all)"),
+    ("training.scale_lr_by_world_size", SWITCH),
+    ("training.amp_dtype", "one of bf16, fp16, fp32, fp64"),
+    ("training.gradient_checkpointing", SWITCH),
+    ("training.device", "one of auto, cpu, cuda, cuda:N"),
+    ("data.data_dir", PATH),
+    ("data.num_workers", COUNT_OR_ZERO),
+    ("generation.max_new_tokens", COUNT),
+    ("generation.temperature", NOT_NEGATIVE),
+    ("generation.top_k", "a whole number of at least 0 (0 turns it off)"),
+    ("generation.top_p", "a number greater than 0 and at most 1"),
+    ("generation.num_samples", COUNT),
+    ("paths.checkpoint_dir", PATH),
+    ("paths.log_dir", PATH_OR_NULL),
+    ("paths.tensorboard_dir", PATH_OR_NULL),
+    ("distributed.horovod_compression", "one of none, fp16, bf16"),
+    ("seed", COUNT_OR_ZERO),
+];
+
+/// The text of an error about one value.
+pub(super) fn wrong_value(source: &str, path: &str, found: &str) -> String {
+    let expected = EXPECTED.iter().find(|(key, _)| *key == path).map_or("another value", |(_, expected)| expected);
+    format!("{source}: {path} = {found}: expected {expected}")
+}
+
+/// Refuses impossible values; `source_of` names the file or flag that set a key.
+pub(super) fn check(config: &Config, source_of: impl Fn(&str) -> String) -> Result<()> {
+    if let Some(path) = out_of_range(config) {
+        let tree = config.to_dict();
+        let value = path.split('.').try_fold(&tree, |value, key| value.get(key)).map(layers::show);
+        return Err(Error::Config(wrong_value(&source_of(path), path, &value.unwrap_or_default())));
+    }
+    match contradiction(config) {
+        Some((path, text)) => Err(Error::Config(format!("{}: {text}", source_of(path)))),
+        None => Ok(()),
+    }
+}
+
+/// The first key whose value is out of its range.
+fn out_of_range(config: &Config) -> Option<&'static str> {
+    let (model, training, generation, paths) = (&config.model, &config.training, &config.generation, &config.paths);
+    let vocab = match model.vocab_size {
+        VocabSize::Auto => usize::MAX,
+        VocabSize::Fixed(size) => size,
+    };
+    let positive = |x: f64| x.is_finite() && x > 0.0;
+    let not_negative = |x: f64| x.is_finite() && x >= 0.0;
+    let share = |x: f64| (0.0..1.0).contains(&x);
+    let checks = [
+        ("model.d_model", model.d_model >= 1),
+        ("model.n_heads", model.n_heads >= 1),
+        ("model.n_layers", model.n_layers >= 1),
+        ("model.d_ff", model.d_ff >= 1),
+        ("model.dropout", share(model.dropout)),
+        ("model.max_seq_len", model.max_seq_len >= 2),
+        ("model.vocab_size", vocab >= 2),
+        ("model.pad_token_id", model.pad_token_id.is_none_or(|id| id >= 0 && (id as u64) < vocab as u64)),
+        ("training.epochs", training.epochs >= 1),
+        ("training.max_steps", training.max_steps != Some(0)),
+        ("training.per_gpu_batch_size", training.per_gpu_batch_size >= 1),
+        ("training.global_batch_size", training.global_batch_size != Some(0)),
+        ("training.learning_rate", positive(training.learning_rate)),
+        ("training.min_lr", not_negative(training.min_lr) && training.min_lr <= training.learning_rate),
+        ("training.weight_decay", not_negative(training.weight_decay)),
+        ("training.betas", training.betas.into_iter().all(share)),
+        ("training.eps", positive(training.eps)),
+        ("training.gradient_accumulation_steps", training.gradient_accumulation_steps >= 1),
+        ("training.max_grad_norm", not_negative(training.max_grad_norm)),
+        ("training.log_interval", training.log_interval >= 1),
+        ("generation.max_new_tokens", generation.max_new_tokens >= 1),
+        ("generation.temperature", not_negative(generation.temperature)),
+        ("generation.top_p", generation.top_p > 0.0 && generation.top_p <= 1.0),
+        ("generation.num_samples", generation.num_samples >= 1),
+        ("data.data_dir", !config.data.data_dir.as_os_str().is_empty()),
+        ("paths.checkpoint_dir", !paths.checkpoint_dir.as_os_str().is_empty()),
+    ];
+    checks.into_iter().find(|(_, fine)| !fine).map(|(path, _)| path)
+}
+
+/// Values that are fine alone but not together: the key to blame and the text.
+fn contradiction(config: &Config) -> Option<(&'static str, String)> {
+    let (model, training) = (&config.model, &config.training);
+    if !model.d_model.is_multiple_of(model.n_heads) {
+        let (width, heads) = (model.d_model, model.n_heads);
+        return Some((
+            "model.n_heads",
+            format!("model.n_heads = {heads} does not divide model.d_model = {width}: expected a divisor of {width}"),
+        ));
+    }
+    if training.gradient_checkpointing {
+        let text = "training.gradient_checkpointing = true is not supported yet: expected false; where memory is short, \
+                    lower per_gpu_batch_size and set global_batch_size";
+        return Some(("training.gradient_checkpointing", text.into()));
+    }
+    if training.amp_dtype == AmpDtype::Fp16 && training.device == DeviceChoice::Cpu {
+        return Some((
+            "training.amp_dtype",
+            "training.amp_dtype = \"fp16\" needs CUDA: expected bf16 or fp32 with device: cpu".into(),
+        ));
+    }
+    None
+}
+
+/// Things that are allowed but seldom meant.
+pub(super) fn warnings(config: &Config) -> Vec<String> {
+    let training = &config.training;
+    let mut warnings = Vec::new();
+    if let Some(steps) = training.max_steps.filter(|steps| training.warmup_steps > *steps) {
+        let warmup = training.warmup_steps;
+        warnings
+            .push(format!("training.warmup_steps = {warmup} exceeds max_steps = {steps}: the peak is never reached"));
+    }
+    warnings
+}

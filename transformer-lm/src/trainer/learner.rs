@@ -1,0 +1,267 @@
+//! One optimizer update: forward and backward over the micro-batches, reduction, clipping, step.
+
+use hvd_torch::{AdamW, Autocast, Compression, DistributedOptimizer, Optimizer, ParamGroup, ReduceOp, World};
+use tch::{Device, Kind, Tensor, nn};
+
+use super::plan::BatchPlan;
+use crate::checkpoint::ScalerState;
+use crate::config::{AmpDtype, Config, HorovodCompression};
+use crate::model::{ModelConfig, TransformerLM};
+use crate::{Error, Result};
+
+/// fp16's first loss scale, and the updates without overflow after which it doubles; PyTorch's values.
+const FIRST_SCALE: f64 = 65536.0;
+const GROWTH_INTERVAL: u64 = 2000;
+
+/// Sums over tokens; of one rank, then of all.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sums {
+    /// Summed loss in nats.
+    pub loss: f64,
+    /// Valid tokens.
+    pub tokens: f64,
+    /// Tokens that the model found likeliest.
+    pub correct: f64,
+}
+
+impl Sums {
+    /// Adds the sums of all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Hvd`].
+    pub fn over_ranks(self, world: &World, name: &str) -> Result<Sums> {
+        let values = Tensor::from_slice(&[self.loss, self.tokens, self.correct]);
+        hvd_torch::ops::allreduce_(world, &values, name, ReduceOp::Sum)?;
+        let [loss, tokens, correct] = [0, 1, 2].map(|i| values.double_value(&[i]));
+        Ok(Sums { loss, tokens, correct })
+    }
+
+    /// Mean loss in nats per token.
+    pub fn mean_loss(&self) -> f64 {
+        self.loss / self.tokens
+    }
+
+    /// Share of tokens that the model found likeliest.
+    pub fn accuracy(&self) -> f64 {
+        self.correct / self.tokens
+    }
+}
+
+/// What an update did.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    /// Over the global batch, before the update.
+    pub sums: Sums,
+    /// Norm of the reduced gradients before clipping; none where clipping is off.
+    pub grad_norm: Option<f64>,
+    /// fp16 only: the gradients overflowed, so the update was skipped.
+    pub skipped: bool,
+}
+
+/// The model and what trains it.
+pub struct Learner {
+    /// The model.
+    pub model: TransformerLM,
+    /// Its optimizer, which reduces gradients over all ranks.
+    pub optimizer: DistributedOptimizer<AdamW>,
+    /// fp16's loss scaler.
+    pub scaler: Option<ScalerState>,
+    world: World,
+    precision: Precision,
+    max_grad_norm: f64,
+    /// Valid tokens of an update where no label is left out. Losses are divided by it before the backward pass, so that
+    /// gradients have their final size while they travel.
+    nominal_tokens: f64,
+    /// Seed of dropout; none where there is no dropout.
+    dropout_seed: Option<u64>,
+}
+
+impl Learner {
+    /// Makes a model with the configuration's first weights, the same on every rank.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a precision that the device lacks.
+    pub fn new(
+        config: &Config,
+        shape: &ModelConfig,
+        plan: &BatchPlan,
+        world: &World,
+        device: Device,
+    ) -> Result<Learner> {
+        let precision = Precision::new(config.training.amp_dtype, device)?;
+        let mut store = nn::VarStore::new(device);
+        store.set_kind(precision.weights);
+        let model = TransformerLM::new(&store.root(), shape, config.seed.0)?;
+        let optimizer = DistributedOptimizer::builder(adamw(config, &model)?)
+            .world(world.clone())
+            .op(ReduceOp::Sum)
+            .backward_passes_per_step(plan.accumulation)
+            .compression(compression(config))
+            .build()?;
+        Ok(Learner {
+            model,
+            optimizer,
+            scaler: precision.scaled.then_some(ScalerState { scale: FIRST_SCALE, good_steps: 0 }),
+            world: world.clone(),
+            precision,
+            max_grad_norm: config.training.max_grad_norm,
+            nominal_tokens: (plan.global * shape.max_seq_len) as f64,
+            dropout_seed: (shape.dropout > 0.0).then_some(config.seed.0),
+        })
+    }
+
+    /// All ranks take rank 0's weights and optimizer state.
+    ///
+    /// # Errors
+    /// [`Error::Hvd`].
+    pub fn broadcast(&mut self) -> Result<()> {
+        hvd_torch::ops::broadcast_parameters(&self.world, &self.model.parameters(), 0)?;
+        Ok(hvd_torch::ops::broadcast_optimizer_state(&self.world, self.optimizer.inner_mut(), 0)?)
+    }
+
+    /// One update from this rank's micro-batches (B, T+1) of the global batch. `step` is the number of updates before it.
+    ///
+    /// # Errors
+    /// [`Error::Training`] where loss or gradients are not finite, on all ranks alike.
+    pub fn update(&mut self, batches: &[Tensor], lr: f64, step: u64, accuracy: bool) -> Result<Update> {
+        self.optimizer.zero_grad()?;
+        self.optimizer.set_lr(lr);
+        let sums = self.accumulate(batches, step, accuracy)?.over_ranks(&self.world, "train.sums")?;
+        self.optimizer.synchronize()?;
+        let factor = self.nominal_tokens / (sums.tokens * self.scale());
+        if factor != 1.0 {
+            self.optimizer.scale_gradients(factor)?;
+        }
+        let clips = self.max_grad_norm > 0.0;
+        let limit = if clips { self.max_grad_norm } else { f64::INFINITY };
+        let norm = if clips || self.scaler.is_some() { Some(self.optimizer.clip_grad_norm(limit)?) } else { None };
+        let finite = sums.loss.is_finite() && norm.is_none_or(f64::is_finite);
+        let skipped = self.scaler.as_mut().is_some_and(|scaler| scaler.skips(finite));
+        if !finite && !skipped {
+            return Err(not_finite(sums.mean_loss(), norm, lr, step + 1));
+        }
+        if !skipped {
+            self.optimizer.step()?;
+        }
+        Ok(Update { sums, grad_norm: norm, skipped })
+    }
+
+    fn scale(&self) -> f64 {
+        self.scaler.map_or(1.0, |scaler| scaler.scale)
+    }
+
+    /// Forward and backward over the micro-batches; this rank's sums.
+    fn accumulate(&self, batches: &[Tensor], step: u64, accuracy: bool) -> Result<Sums> {
+        let mut losses = Vec::with_capacity(batches.len());
+        let mut sums = Sums::default();
+        for (micro, batch) in batches.iter().enumerate() {
+            if let Some(seed) = self.dropout_seed {
+                hvd_torch::reseed(&[seed, step, micro as u64, self.world.rank() as u64]);
+            }
+            let part = self.precision.run(|| self.model.batch_loss(batch, true, accuracy))?;
+            (&part.loss * (self.scale() / self.nominal_tokens)).f_backward()?;
+            sums.tokens += part.tokens as f64;
+            losses.push((part.loss.detach(), part.correct));
+        }
+        // Read after the last backward pass: on CUDA a read waits for the device.
+        for (loss, correct) in losses {
+            sums.loss += loss.double_value(&[]);
+            sums.correct += correct.map_or(0.0, |correct| correct.int64_value(&[]) as f64);
+        }
+        Ok(sums)
+    }
+
+    /// This rank's sums over batches (B, T+1) without training.
+    ///
+    /// # Errors
+    /// What reading a batch gives.
+    pub fn evaluate(&self, batches: impl Iterator<Item = Result<Tensor>>) -> Result<Sums> {
+        let mut sums = Sums::default();
+        for batch in batches {
+            let batch = batch?;
+            let part = tch::no_grad(|| self.precision.run(|| self.model.batch_loss(&batch, false, true)))?;
+            sums.loss += part.loss.double_value(&[]);
+            sums.tokens += part.tokens as f64;
+            sums.correct += part.correct.map_or(0.0, |correct| correct.int64_value(&[]) as f64);
+        }
+        Ok(sums)
+    }
+
+    /// The optimizer's state by name.
+    ///
+    /// # Errors
+    /// [`Error::Hvd`].
+    pub fn optimizer_state(&self) -> Result<Vec<(String, Tensor)>> {
+        Ok(self.optimizer.inner().state()?)
+    }
+}
+
+fn not_finite(loss: f64, norm: Option<f64>, lr: f64, step: u64) -> Error {
+    let norm = norm.map(|norm| format!(", gradient norm {norm}")).unwrap_or_default();
+    Error::Training(format!(
+        "the loss or its gradient is not finite at step {step} (loss {loss}{norm}, learning rate {lr:e})\n\
+         hint: lower training.learning_rate or raise training.warmup_steps, then go on from the last checkpoint with --resume"
+    ))
+}
+
+impl ScalerState {
+    /// Accounts for an update whose gradients were `finite`; whether to skip it.
+    fn skips(&mut self, finite: bool) -> bool {
+        self.good_steps = if finite { self.good_steps + 1 } else { 0 };
+        if !finite {
+            self.scale /= 2.0;
+        } else if self.good_steps.is_multiple_of(GROWTH_INTERVAL) {
+            self.scale *= 2.0;
+        }
+        !finite
+    }
+}
+
+/// AdamW with decay on matrices only: biases and gains have no reason to be small.
+fn adamw(config: &Config, model: &TransformerLM) -> Result<AdamW> {
+    let training = &config.training;
+    let (decayed, others) = model.parameters().into_iter().partition(|(_, parameter)| parameter.dim() >= 2);
+    let group = |params, weight_decay| ParamGroup { params, lr: training.learning_rate, weight_decay };
+    let groups = vec![group(decayed, training.weight_decay), group(others, 0.0)];
+    Ok(AdamW::new(groups, training.betas.into(), training.eps)?)
+}
+
+fn compression(config: &Config) -> Compression {
+    match config.distributed.horovod_compression {
+        HorovodCompression::None => Compression::None,
+        HorovodCompression::Fp16 => Compression::Fp16,
+        HorovodCompression::Bf16 => Compression::Bf16,
+    }
+}
+
+/// What `amp_dtype` comes to on a device.
+#[derive(Clone, Copy, Debug)]
+struct Precision {
+    device: Device,
+    weights: Kind,
+    autocast: Option<Kind>,
+    scaled: bool,
+}
+
+impl Precision {
+    fn new(dtype: AmpDtype, device: Device) -> Result<Precision> {
+        let (weights, autocast) = match dtype {
+            AmpDtype::Bf16 => (Kind::Float, Some(Kind::BFloat16)),
+            AmpDtype::Fp16 => (Kind::Float, Some(Kind::Half)),
+            AmpDtype::Fp32 => (Kind::Float, None),
+            AmpDtype::Fp64 => (Kind::Double, None),
+        };
+        if dtype == AmpDtype::Fp16 && !device.is_cuda() {
+            let text =
+                "training.amp_dtype = fp16 needs CUDA, and this rank computes on the CPU\nhint: use bf16 or fp32";
+            return Err(Error::Config(text.into()));
+        }
+        Ok(Precision { device, weights, autocast, scaled: dtype == AmpDtype::Fp16 })
+    }
+
+    /// Runs a forward pass, under autocast where asked for.
+    fn run<T>(&self, forward: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _guard = self.autocast.map(|kind| Autocast::enter(self.device, kind)).transpose()?;
+        forward()
+    }
+}

@@ -1,0 +1,112 @@
+//! Where a run starts: a new folder, or the checkpoint to go on from.
+
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::{self, CheckpointState};
+use crate::config::PathsSection;
+use crate::metrics::RunFolder;
+use crate::{Error, Result};
+
+/// `--resume`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// The newest whole checkpoint of the newest run of this name; a new run where there is none.
+    Auto,
+    /// This checkpoint, or the newest whole one of this run's folder.
+    Path(PathBuf),
+}
+
+impl From<&str> for Resume {
+    fn from(text: &str) -> Self {
+        if text == "auto" { Resume::Auto } else { Resume::Path(text.into()) }
+    }
+}
+
+/// What [`find`] decided.
+#[derive(Debug)]
+pub struct Start {
+    /// The run's folder.
+    pub run: RunFolder,
+    /// The checkpoint to load.
+    pub checkpoint: Option<PathBuf>,
+    /// What was found and passed over, for people.
+    pub notes: Vec<String>,
+}
+
+/// Decides where to start. Called by rank 0 alone.
+///
+/// # Errors
+/// [`Error::Checkpoint`] for a path without a whole checkpoint; [`Error::Io`].
+pub fn find(paths: &PathsSection, resume: Option<&Resume>, run_name: &str) -> Result<Start> {
+    match resume {
+        None => Ok(Start { run: RunFolder::create(paths, run_name)?, checkpoint: None, notes: Vec::new() }),
+        Some(Resume::Auto) => auto(paths, run_name),
+        Some(Resume::Path(path)) => from_path(paths, path, run_name),
+    }
+}
+
+fn auto(paths: &PathsSection, run_name: &str) -> Result<Start> {
+    let Some(run) = RunFolder::newest(paths, run_name) else {
+        let folder = paths.checkpoint_dir.display();
+        let notes = vec![format!("resume: there is no run named {run_name} in {folder} yet; starting one")];
+        return Ok(Start { run: RunFolder::create(paths, run_name)?, checkpoint: None, notes });
+    };
+    let run = run.with_folders()?;
+    checkpoint::clean_leftovers(&run.root)?;
+    let found = checkpoint::find_newest(&run.root)?;
+    let mut notes: Vec<String> = found.skipped.iter().map(|reason| format!("resume: skipped {reason}")).collect();
+    let checkpoint = found.newest.map(|(path, _)| path);
+    notes.push(match &checkpoint {
+        Some(path) => format!("resume: going on from {}", path.display()),
+        None => format!("resume: {} has no whole checkpoint; starting it from the beginning", run.root.display()),
+    });
+    Ok(Start { run, checkpoint, notes })
+}
+
+fn from_path(paths: &PathsSection, path: &Path, run_name: &str) -> Result<Start> {
+    if !path.is_dir() {
+        return Err(Error::checkpoint(
+            path,
+            "there is no such folder\nhint: --resume takes a checkpoint's folder or auto",
+        ));
+    }
+    let path = path.canonicalize().map_err(Error::io("resolve", path))?;
+    let mut notes = Vec::new();
+    let checkpoint = if path.join("state.json").exists() { path.clone() } else { newest_in(&path, &mut notes)? };
+    let run = match RunFolder::of_checkpoint(paths, &checkpoint) {
+        Some(run) => run.with_folders()?,
+        None => RunFolder::create(paths, run_name)?,
+    };
+    notes.push(format!("resume: going on from {}", checkpoint.display()));
+    Ok(Start { run, checkpoint: Some(checkpoint), notes })
+}
+
+/// The newest whole checkpoint of a run's folder.
+fn newest_in(folder: &Path, notes: &mut Vec<String>) -> Result<PathBuf> {
+    let found = checkpoint::find_newest(folder)?;
+    notes.extend(found.skipped.iter().map(|reason| format!("resume: skipped {reason}")));
+    match found.newest {
+        Some((path, _)) => Ok(path),
+        None if found.skipped.is_empty() => Err(Error::checkpoint(folder, "no checkpoint here: state.json is missing")),
+        None => Err(Error::checkpoint(folder, format!("no whole checkpoint here\n{}", found.skipped.join("\n")))),
+    }
+}
+
+/// Refuses to go on where the position would mean other data.
+///
+/// # Errors
+/// [`Error::Config`] that names what differs.
+pub fn check(saved: &CheckpointState, fresh: &CheckpointState) -> Result<()> {
+    let pairs = [
+        ("seed", saved.seed, fresh.seed),
+        ("sequences per update", saved.global_batch_size as u64, fresh.global_batch_size as u64),
+        ("updates per epoch (the data or max_seq_len)", saved.batches_per_epoch, fresh.batches_per_epoch),
+    ];
+    match pairs.iter().find(|(_, saved, now)| saved != now) {
+        None => Ok(()),
+        Some((what, saved, now)) => Err(Error::Config(format!(
+            "cannot resume at the very step: {what} was {saved} in the checkpoint and is {now} now\n\
+             hint: resume with the run's config_used.yaml and set global_batch_size, or start a new run without --resume"
+        ))),
+    }
+}

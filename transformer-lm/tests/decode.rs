@@ -1,0 +1,110 @@
+//! Generation with the cache against generation without.
+
+mod support;
+
+use support::{ids, lively_model, tiny};
+use tch::{Kind, Tensor};
+use transformer_lm::model::sampling::Sampling;
+use transformer_lm::model::{GenerationParams, KvCache, ModelConfig, TransformerLM};
+
+fn config() -> ModelConfig {
+    ModelConfig { max_seq_len: 16, ..tiny() }
+}
+
+fn greedy(max_new_tokens: usize) -> GenerationParams {
+    GenerationParams { max_new_tokens, sampling: Sampling::greedy(), ..GenerationParams::default() }
+}
+
+fn rows(tokens: &Tensor) -> Vec<Vec<i64>> {
+    Vec::<Vec<i64>>::try_from(tokens).unwrap()
+}
+
+/// Runs the whole window through the model for every token; the window slides as `generate` documents.
+fn greedy_without_cache(model: &TransformerLM, start: &[usize], new: usize) -> Vec<i64> {
+    let longest = model.config().max_seq_len;
+    let mut tokens: Vec<i64> = start.iter().map(|&id| id as i64).collect();
+    let mut from = tokens.len().saturating_sub(longest);
+    for _ in 0..new {
+        if tokens.len() - from > longest {
+            from = tokens.len() - longest.div_ceil(2);
+        }
+        let (logits, _) =
+            model.forward_t(&Tensor::from_slice(&tokens[from..]).unsqueeze(0), None, None, false).unwrap();
+        tokens.push(logits.get(0).get(-1).argmax(0, false).int64_value(&[]));
+    }
+    tokens
+}
+
+#[test]
+fn the_cache_changes_nothing() {
+    let (_store, model) = lively_model(&config(), Kind::Double);
+    let starts = [vec![3, 1, 4], vec![10, 0, 2]];
+    let generated = rows(&model.generate(&ids(&starts), &greedy(13)).unwrap());
+    for (start, generated) in starts.iter().zip(generated) {
+        assert_eq!(generated, greedy_without_cache(&model, start, 13));
+    }
+}
+
+#[test]
+fn a_text_longer_than_the_window_slides() {
+    let (_store, model) = lively_model(&config(), Kind::Double);
+    for start in [vec![3, 1, 4], vec![5; 16], (0..40).map(|i| i % 11).collect()] {
+        let generated = rows(&model.generate(&ids(std::slice::from_ref(&start)), &greedy(40)).unwrap());
+        assert_eq!(generated[0], greedy_without_cache(&model, &start, 40));
+    }
+}
+
+#[test]
+fn the_cache_takes_several_tokens_at_once() {
+    let (_store, model) = lively_model(&config(), Kind::Double);
+    let tokens = ids(&[vec![1, 2, 3, 4, 5, 6, 7], vec![9, 8, 7, 6, 5, 4, 3]]);
+    let whole = model.hidden(&tokens, None, false).unwrap();
+    let mut cache = KvCache::new(&config(), 2, 7, Kind::Double, model.device());
+    let mut parts = Vec::new();
+    for (start, len) in [(0, 2), (2, 1), (3, 3), (6, 1)] {
+        parts.push(model.hidden_cached(&tokens.narrow(1, start, len), &mut cache).unwrap());
+    }
+    assert!(support::distance(&whole, &Tensor::cat(&parts, 1)) < 1e-12);
+    assert_eq!(cache.len(), 7);
+    assert!(model.hidden_cached(&tokens.narrow(1, 0, 1), &mut cache).is_err());
+}
+
+#[test]
+fn a_sequence_does_not_depend_on_its_neighbours() {
+    let (_store, model) = lively_model(&config(), Kind::Double);
+    let params = GenerationParams { max_new_tokens: 20, seed: 9, ..GenerationParams::default() };
+    let (first, second) = (vec![3, 1, 4], vec![10, 0, 2]);
+    let both = rows(&model.generate(&ids(&[first.clone(), second]), &params).unwrap());
+    let alone = rows(&model.generate(&ids(std::slice::from_ref(&first)), &params).unwrap());
+    assert_eq!(both[0], alone[0]);
+    tch::manual_seed(12345);
+    assert_eq!(alone, rows(&model.generate(&ids(std::slice::from_ref(&first)), &params).unwrap()));
+    let other = GenerationParams { seed: 10, ..params };
+    assert_ne!(alone, rows(&model.generate(&ids(&[first]), &other).unwrap()));
+}
+
+#[test]
+fn the_end_token_ends_a_sequence() {
+    let (_store, model) = lively_model(&config(), Kind::Double);
+    let start = [vec![3, 1, 4], vec![10, 0, 2]];
+    let free = rows(&model.generate(&ids(&start), &greedy(12)).unwrap());
+    let end = free[0][6];
+    let params = GenerationParams { eos_token_id: Some(end), ..greedy(12) };
+    let ended = rows(&model.generate(&ids(&start), &params).unwrap());
+    for (free, ended) in free.iter().zip(&ended) {
+        let stop = free[3..].iter().position(|&token| token == end).map_or(free.len(), |at| at + 4);
+        assert_eq!(ended[..stop.min(ended.len())], free[..stop.min(ended.len())]);
+        assert!(ended[stop.min(ended.len())..].iter().all(|&token| token == 7));
+    }
+}
+
+#[test]
+fn nothing_new_is_nothing_new() {
+    let (_store, model) = lively_model(&config(), Kind::Float);
+    let start = ids(&[vec![1, 2]]);
+    assert_eq!(model.generate(&start, &greedy(0)).unwrap(), start);
+    let mut params = greedy(1);
+    params.sampling.temperature = -1.0;
+    assert!(model.generate(&start, &params).is_err());
+    assert!(model.generate(&ids(&[vec![11]]), &greedy(1)).is_err());
+}
