@@ -43,7 +43,7 @@ pub struct GenerateArgs {
     max_new_tokens: Option<usize>,
 
     /// Below 1 is safer, above 1 wilder, 0 takes the likeliest token [default: the configuration's, usually 0.8]
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f64>,
 
     /// Draw among this many likeliest tokens; 0 is all [default: the configuration's, usually 50]
@@ -51,7 +51,7 @@ pub struct GenerateArgs {
     top_k: Option<usize>,
 
     /// Draw among the likeliest tokens that hold this probability; 1 is all [default: the configuration's, usually 0.9]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f64>,
 
     /// Number of texts
