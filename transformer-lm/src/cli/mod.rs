@@ -78,3 +78,31 @@ pub fn with_dashes(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dashed(args: &[&str]) -> Vec<String> {
+        with_dashes(args.iter().map(OsString::from))
+            .into_iter()
+            .map(|arg| arg.into_string().unwrap_or_default())
+            .collect()
+    }
+
+    #[test]
+    fn flags_may_have_underscores_but_values_keep_theirs() {
+        let args =
+            ["train", "--run_name", "my_run", "--output_dir=a_b", "--set", "training.max_steps=3", "--", "--as_is"];
+        let expected =
+            ["train", "--run-name", "my_run", "--output-dir=a_b", "--set", "training.max_steps=3", "--", "--as_is"];
+        assert_eq!(dashed(&args), expected);
+    }
+
+    #[test]
+    fn command_lines_are_consistent() {
+        use clap::CommandFactory;
+        Lm::command().debug_assert();
+        TrainArgs::command().debug_assert();
+    }
+}

@@ -56,6 +56,7 @@ pub fn run_distributed_training(config: &Config, resume: Option<&Resume>, run_na
     match &outcome {
         Ok(_) if own_world => hvd_torch::shutdown().map_err(hvd_torch::Error::from)?,
         Ok(_) => {}
+        Err(error) if error.is_lost_peer() => {} // whoever failed first has told everyone
         Err(error) => setup.world.abort(&error.to_string()),
     }
     outcome
