@@ -38,7 +38,7 @@ main() {
     [ ${#FAILURES[@]} -eq 0 ] || note "${FAILURES[@]/#/failed: }"
     done_ "all in $(duration $(($(now_us) - start)))"
     echo "$PASSED passed, $FAILED failed"
-    [ $FAILED -eq 0 ]
+    exit $((FAILED > 0))
 }
 
 # The development profile: it builds in half the time of the release profile, and what is hot in the tests (the kernels, the
@@ -98,7 +98,7 @@ examples() {
     local source program name
     step "Examples on 2 and 3 ranks"
     for source in hvd-core/examples/*.rs hvd-torch/examples/*.rs; do
-        [ -f "$source" ] || continue
+        [ -f "$source" ] && [[ $source != *_bandwidth.rs ]] || continue # those measure
         name=$(basename "$source" .rs)
         program=$TARGET/debug/examples/$name
         check "example $name, mpirun -np 2" mpirun -np 2 "$program"

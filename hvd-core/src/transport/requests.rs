@@ -19,6 +19,8 @@ struct Slot {
 enum State {
     Free,
     Open,
+    /// Open, and to be freed when it is complete.
+    Orphaned,
     Done,
 }
 
@@ -43,8 +45,19 @@ impl Requests {
 
     /// Marks a request as complete.
     pub(crate) fn complete(&mut self, request: Request) {
-        if let Some(slot) = self.slot(request) {
-            slot.state = State::Done;
+        match self.slot(request) {
+            Some(slot) if slot.state == State::Orphaned => self.free(request),
+            Some(slot) => slot.state = State::Done,
+            None => {}
+        }
+    }
+
+    /// Nobody will test this request: it is forgotten now or when it is complete.
+    pub(crate) fn forget(&mut self, request: Request) {
+        match self.slot(request) {
+            Some(slot) if slot.state == State::Done => self.free(request),
+            Some(slot) => slot.state = State::Orphaned,
+            None => {}
         }
     }
 
@@ -53,13 +66,19 @@ impl Requests {
         let Some(slot) = self.slot(request) else {
             return Err(Error::Invalid(format!("{request:?} is unknown: it was tested after its completion")));
         };
-        if slot.state == State::Open {
+        if slot.state != State::Done {
             return Ok(false);
         }
-        slot.state = State::Free;
-        slot.generation = slot.generation.wrapping_add(1);
-        self.free.push(request.0 as u32);
+        self.free(request);
         Ok(true)
+    }
+
+    fn free(&mut self, request: Request) {
+        if let Some(slot) = self.slot(request) {
+            slot.state = State::Free;
+            slot.generation = slot.generation.wrapping_add(1);
+            self.free.push(request.0 as u32);
+        }
     }
 
     fn slot(&mut self, request: Request) -> Option<&mut Slot> {
@@ -84,5 +103,15 @@ mod tests {
         assert_ne!(first, second);
         assert!(requests.test(first).is_err());
         assert!(!requests.test(second).unwrap());
+    }
+
+    #[test]
+    fn an_orphan_makes_room() {
+        let mut requests = Requests::default();
+        let (early, late) = (requests.open_done(), requests.open());
+        requests.forget(early);
+        requests.forget(late);
+        requests.complete(late);
+        assert_eq!(requests.free.len(), 2);
     }
 }

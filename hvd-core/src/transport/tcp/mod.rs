@@ -120,6 +120,23 @@ impl TcpTransport {
         Ok(TcpTransport { identity, links, inbox, bell, closing: false, failed: None })
     }
 
+    /// As [`Transport::abort`], where another rank was the first to fail.
+    pub(super) fn abort_for(&mut self, rank: usize, cause: &str) {
+        let own = rank == self.identity.rank;
+        let cause = cause.to_owned();
+        self.fail(if own { Error::ShutDown(cause) } else { Error::PeerLost { rank, cause } });
+    }
+
+    /// Whether a peer has said goodbye.
+    pub(super) fn has_left(&self, peer: usize) -> bool {
+        self.links[peer].as_ref().is_some_and(|link| link.incoming.goodbye)
+    }
+
+    /// Nobody will test this request: it is forgotten when it is complete.
+    pub(super) fn forget(&mut self, request: Request) {
+        self.inbox.requests.forget(request);
+    }
+
     fn check(&self, peer: Option<usize>) -> Result<()> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
