@@ -1,6 +1,7 @@
 //! The command lines. Exit codes: 0 success, 1 failure, 2 a mistake in flags or configuration.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -57,7 +58,8 @@ pub fn main_of<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
 /// Prints `error: …` to stderr and gives the error's exit code. A mistake that all ranks make is said by one.
 pub fn report(error: &Error) -> ExitCode {
     if !matches!(error, Error::Config(_)) || crate::trainer::launched_rank() == 0 {
-        eprintln!("error: {error}");
+        let text = format!("error: {error}\n"); // in one piece, as several ranks share the terminal
+        let _ = std::io::stderr().write_all(text.as_bytes());
     }
     ExitCode::from(error.exit_code())
 }
