@@ -89,8 +89,8 @@ fn flags_take_dashes_and_underscores_and_the_seed_decides() {
 fn a_run_folder_stands_for_its_best_checkpoint() {
     let (folder, path) = checkpoint();
     let run_folder = folder.path().join("20260101-000000_gpt");
-    std::fs::create_dir_all(run_folder.join("checkpoints")).unwrap();
-    std::fs::rename(&path, run_folder.join("checkpoints/best_model")).unwrap();
+    std::fs::create_dir(&run_folder).unwrap();
+    std::fs::rename(&path, run_folder.join("best_model")).unwrap();
     text_of(&run(&run_folder, &["--max_new_tokens", "3"]));
 }
 
@@ -108,7 +108,7 @@ fn mistakes_are_told_in_one_line() {
     refused(&["--top_k", "many"], 2, "many");
     refused(&["--device", "abacus"], 2, "abacus");
     refused(&["--interactive", "--output", "x"], 2, "cannot be used with");
-    refused(&["--config", "nowhere.yaml"], 1, "nowhere.yaml");
+    refused(&["--config", "nowhere.yaml"], 2, "nowhere.yaml");
     let other = folder.path().join("other.yaml");
     let yaml = "model: {vocab_size: 256, pad_token_id: null, d_model: 32, n_heads: 2, n_layers: 2, d_ff: 32}";
     std::fs::write(&other, yaml).unwrap();
