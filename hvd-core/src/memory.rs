@@ -69,15 +69,17 @@ impl Memory {
     /// No operation may still be using the bytes.
     pub unsafe fn into_vec<T: Element>(mut self) -> Vec<T> {
         let owner = self.owner.take().and_then(|owner| owner.downcast::<OwnedVec<T>>().ok());
-        if let Some(owner) = owner {
-            match Arc::try_unwrap(owner) {
-                Ok(vec) if std::mem::size_of_val(unsafe { (*vec.0.get()).as_slice() }) == self.len => {
-                    return vec.0.into_inner();
+        match owner.map(Arc::try_unwrap) {
+            Some(Ok(OwnedVec(cell))) => {
+                let vec = cell.into_inner();
+                if size_of_val(vec.as_slice()) == self.len {
+                    return vec;
                 }
-                // Keep the bytes alive until they have been copied.
-                Ok(vec) => self.owner = Some(Arc::new(vec)),
-                Err(shared) => self.owner = Some(shared),
+                // Keep the elements alive until they have been copied.
+                self.owner = Some(Arc::new(OwnedVec(UnsafeCell::new(vec))));
             }
+            Some(Err(shared)) => self.owner = Some(shared),
+            None => {}
         }
         // SAFETY: the caller vouches that nobody writes; the bytes hold elements of some type without padding, and
         // `copy_nonoverlapping` on bytes asks for no alignment.

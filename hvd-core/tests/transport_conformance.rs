@@ -319,3 +319,26 @@ fn closes_with_sends_under_way(world: fn(usize) -> Vec<Rank>) {
         close(rank);
     });
 }
+
+#[test]
+#[ignore = "needs 5 GB of memory"]
+fn tcp_moves_more_than_2_gib_at_once() {
+    const WORDS: usize = (1 << 28) + 3;
+    watched(|| {
+        on_each(tcp_world(2), |mut rank| {
+            let request = match rank.rank() {
+                0 => rank.send(1, tag(0), Memory::from_vec((0..WORDS as i64).collect())).unwrap(),
+                _ => {
+                    let into = Memory::zeroed(WORDS * 8);
+                    let request = rank.recv(0, tag(0), into.clone()).unwrap();
+                    wait(&mut *rank, request).unwrap();
+                    // SAFETY: the request is complete.
+                    assert!(unsafe { into.into_vec::<i64>() }.into_iter().eq(0..WORDS as i64));
+                    return close(rank);
+                }
+            };
+            wait(&mut *rank, request).unwrap();
+            close(rank);
+        });
+    });
+}

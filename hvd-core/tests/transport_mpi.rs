@@ -16,7 +16,9 @@ const ROLE: &str = "HVD_TEST_ROLE";
 
 /// Builds the plugin beside this test.
 fn build_plugin() {
-    let built = Command::new(env!("CARGO")).args(["build", "-p", "hvd-mpi"]).output().expect("cargo runs");
+    let profile: &[&str] = if cfg!(debug_assertions) { &[] } else { &["--release"] };
+    let built =
+        Command::new(env!("CARGO")).args(["build", "-p", "hvd-mpi"]).args(profile).output().expect("cargo runs");
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
 }
 

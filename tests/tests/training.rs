@@ -40,7 +40,7 @@ impl Lab {
         let folder = self.folder.path().display();
         format!(
             "model: {{d_model: 32, n_heads: 2, n_layers: 2, d_ff: 64, dropout: 0.0, max_seq_len: 16, vocab_size: auto}}\n\
-             training: {{max_steps: 100, per_gpu_batch_size: 4, global_batch_size: 24, learning_rate: 0.01, \
+             training: {{max_steps: 100, per_gpu_batch_size: 4, global_batch_size: 24, learning_rate: 0.003, \
              warmup_steps: 10, max_grad_norm: 0.5, log_interval: 1, save_interval: 20, eval_interval: 50, amp_dtype: fp32}}\n\
              data: {{data_dir: {folder}/data}}\n\
              paths: {{checkpoint_dir: {folder}/runs}}\n"

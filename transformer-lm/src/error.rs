@@ -68,6 +68,11 @@ impl Error {
         Error::Checkpoint { path: path.as_ref().to_path_buf(), detail: detail.into() }
     }
 
+    /// Whether it only reports that another rank has failed.
+    pub fn is_lost_peer(&self) -> bool {
+        matches!(self, Error::Hvd(hvd_torch::Error::Core(hvd_core::Error::PeerLost { .. })))
+    }
+
     /// The process's exit code: 2 where the user's settings are at fault, 1 otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {

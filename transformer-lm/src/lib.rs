@@ -7,6 +7,7 @@
 //! | [`model`] | [`model::TransformerLM`] |
 //! | [`trainer`] | [`run_distributed_training`]: the loop from the first step to the last checkpoint |
 //! | [`checkpoint`] | folders that are either whole or not there |
+//! | [`memory`] | the allocator in a training loop |
 //! | [`metrics`] | the run folder: `metrics.csv`, TensorBoard files, the progress line |
 //! | [`generate`] | text from a checkpoint, once or as a conversation |
 //! | [`cli`] | the command lines of `train`, `generate` and `lm`; the binaries only call it |
@@ -18,6 +19,7 @@ pub mod config;
 pub mod data;
 pub mod error;
 pub mod generate;
+pub mod memory;
 pub mod metrics;
 pub mod model;
 pub mod trainer;

@@ -236,3 +236,25 @@ fn inputs_that_do_not_fit_are_errors() {
     assert!(refusal(&fine, None, Some(&(&fine + 1))).contains("vocabulary"));
     assert!(model.batch_loss(&zeros(&[2, 1]), false, false).is_err());
 }
+
+#[test]
+fn bf16_computes_close_to_f32_and_keeps_its_loss_and_gradients_in_f32() {
+    let (_store, model) = lively_model(&tiny(), Kind::Float);
+    let batch = ids(&two_sequences());
+    let exact = model.batch_loss(&batch, true, false).unwrap().loss;
+    let rounded = {
+        let _autocast = hvd_torch::Autocast::enter(Device::Cpu, Kind::BFloat16).unwrap();
+        model.batch_loss(&batch, true, false).unwrap().loss
+    };
+    assert_eq!(rounded.kind(), Kind::Float);
+    let (exact, value) = (exact.double_value(&[]), rounded.double_value(&[]));
+    assert!(exact != value && (exact - value).abs() < 0.03 * exact, "{exact} {value}");
+    rounded.backward();
+    for (name, parameter) in model.parameters() {
+        assert_eq!(
+            (parameter.grad().kind(), parameter.grad().isfinite().all().int64_value(&[])),
+            (Kind::Float, 1),
+            "{name}"
+        );
+    }
+}

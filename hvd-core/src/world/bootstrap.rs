@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::{Backend, Inner, World};
-use crate::config::Config;
+use crate::config::{Config, TransportChoice};
 use crate::engine::{Core, Engine, Observers};
 use crate::error::{Error, Result};
 use crate::shm::ShmGroup;
-use crate::topology::{Launch, Topology};
+use crate::topology::{Launch, Launcher, Topology};
 use crate::transport::Transport;
+use crate::transport::mpi::MpiTransport;
 use crate::transport::tcp::{Identity, Meeting, Secret, TcpOptions, TcpTransport};
 use crate::transport::thread::ThreadTransport;
 
@@ -71,9 +72,12 @@ fn wrap(topology: Topology, backend: Backend, observers: Arc<Observers>, engine:
 fn transport(config: &Config, launch: &Launch, identity: Identity) -> Result<Box<dyn Transport>> {
     let options = TcpOptions { bind: config.bind, start_timeout: config.start_timeout, ..TcpOptions::default() };
     let meeting = meeting(config, launch)?;
-    match meeting {
-        Some(meeting) => Ok(Box::new(TcpTransport::connect(identity, &meeting, &options)?)),
-        None => Err(Error::Config(
+    let mpi_launched = matches!(launch.launcher, Launcher::OpenMpi | Launcher::Hydra);
+    match (config.transport, meeting) {
+        (TransportChoice::Mpi, meeting) => Ok(Box::new(MpiTransport::load(identity, meeting.as_ref(), &options)?)),
+        (TransportChoice::Auto, None) if mpi_launched => Ok(Box::new(MpiTransport::load(identity, None, &options)?)),
+        (_, Some(meeting)) => Ok(Box::new(TcpTransport::connect(identity, &meeting, &options)?)),
+        (_, None) => Err(Error::Config(
             "the ranks are on several hosts and nothing says where they meet; give all of them HVD_RENDEZVOUS=host:port \
              (an address of rank 0's host), the same HVD_SECRET, and HVD_BIND=0.0.0.0 (or the address of one network)"
                 .into(),

@@ -1,6 +1,7 @@
 //! The command lines. Exit codes: 0 success, 1 failure, 2 a mistake in flags or configuration.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -57,7 +58,8 @@ pub fn main_of<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
 /// Prints `error: …` to stderr and gives the error's exit code. A mistake that all ranks make is said by one.
 pub fn report(error: &Error) -> ExitCode {
     if !matches!(error, Error::Config(_)) || crate::trainer::launched_rank() == 0 {
-        eprintln!("error: {error}");
+        let text = format!("error: {error}\n"); // in one piece, as several ranks share the terminal
+        let _ = std::io::stderr().write_all(text.as_bytes());
     }
     ExitCode::from(error.exit_code())
 }
@@ -77,4 +79,32 @@ pub fn with_dashes(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
             }
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dashed(args: &[&str]) -> Vec<String> {
+        with_dashes(args.iter().map(OsString::from))
+            .into_iter()
+            .map(|arg| arg.into_string().unwrap_or_default())
+            .collect()
+    }
+
+    #[test]
+    fn flags_may_have_underscores_but_values_keep_theirs() {
+        let args =
+            ["train", "--run_name", "my_run", "--output_dir=a_b", "--set", "training.max_steps=3", "--", "--as_is"];
+        let expected =
+            ["train", "--run-name", "my_run", "--output-dir=a_b", "--set", "training.max_steps=3", "--", "--as_is"];
+        assert_eq!(dashed(&args), expected);
+    }
+
+    #[test]
+    fn command_lines_are_consistent() {
+        use clap::CommandFactory;
+        Lm::command().debug_assert();
+        TrainArgs::command().debug_assert();
+    }
 }

@@ -239,8 +239,7 @@ pub struct DistributedSection {
 /// Reads and checks a configuration file.
 ///
 /// # Errors
-/// [`Error::Config`] that names the file, the key, its value and what was expected; [`Error::Io`] where the file
-/// cannot be read.
+/// [`Error::Config`] that names the file, the key, its value and what was expected.
 pub fn load_config(path: impl AsRef<Path>) -> Result<Config> {
     Config::load(Some(path.as_ref()), &[])
 }
@@ -253,7 +252,10 @@ impl Config {
     pub fn load(path: Option<&Path>, overrides: &[String]) -> Result<Config> {
         let mut layers = Vec::new();
         if let Some(path) = path {
-            let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+            let text = std::fs::read_to_string(path).map_err(|error| {
+                let hint = "hint: --config takes a YAML file such as configs/demo.yaml";
+                Error::Config(format!("cannot read the configuration {}: {error}\n{hint}", path.display()))
+            })?;
             layers.push(layers::Layer::parse(&text, &path.display().to_string())?);
         }
         for text in overrides {

@@ -71,6 +71,20 @@ fn wrong_configurations_are_refused_with_the_reason() {
 }
 
 #[test]
+fn a_missing_file_is_a_mistake_of_the_configuration() {
+    let error = load_config("no/such.yaml").unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("no/such.yaml"), "{error}");
+}
+
+#[test]
+fn the_configurations_in_the_repository_are_right() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    assert_eq!(load_config(folder.join("config.yaml")).unwrap().training, TrainingSection::default());
+    assert_eq!(load_config(folder.join("demo.yaml")).unwrap().training.global_batch_size, Some(24));
+}
+
+#[test]
 fn overrides_win_and_are_named() {
     let text = |parts: &[&str]| parts.iter().map(|s| s.to_string()).collect::<Vec<_>>();
     let config =

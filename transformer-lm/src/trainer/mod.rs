@@ -44,15 +44,19 @@ pub struct Summary {
 
 /// Trains as `config` says, on as many ranks as the launcher started; every rank calls it.
 ///
+/// A world that the caller has initialised stays; otherwise it is shut down at the end.
 /// The run is recorded in a new folder `<timestamp>_<run_name>`, or in that of the checkpoint it goes on from.
 ///
 /// # Errors
 /// Everything that can be wrong with configuration, data, checkpoints and peers. The other ranks are told the cause.
 pub fn run_distributed_training(config: &Config, resume: Option<&Resume>, run_name: &str) -> Result<Summary> {
+    let own_world = !hvd_torch::is_initialised();
     let setup = setup_horovod(false)?;
     let outcome = Run::start(config, resume, run_name, &setup).and_then(Run::train);
     match &outcome {
-        Ok(_) => setup.world.shutdown().map_err(hvd_torch::Error::from)?,
+        Ok(_) if own_world => hvd_torch::shutdown().map_err(hvd_torch::Error::from)?,
+        Ok(_) => {}
+        Err(error) if error.is_lost_peer() => {} // whoever failed first has told everyone
         Err(error) => setup.world.abort(&error.to_string()),
     }
     outcome

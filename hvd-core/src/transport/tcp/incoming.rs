@@ -271,3 +271,116 @@ impl Inbox {
         Ok(None)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    use super::*;
+    use crate::memory::Memory;
+
+    const TAG: Tag = Tag { channel: 1, sequence: 2 };
+
+    /// A reader, its stream, and the far end.
+    fn connection() -> (Incoming, TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (Incoming::new(1), listener.accept().unwrap().0, far)
+    }
+
+    fn inbox() -> Inbox {
+        Inbox {
+            matching: Matching::new(2),
+            requests: Requests::default(),
+            generation: 3,
+            unexpected_limit_bytes: 1 << 20,
+            abort: None,
+            rung: false,
+        }
+    }
+
+    fn frame(kind: Kind, length: u64) -> Vec<u8> {
+        Header { kind, generation: 3, tag: TAG, length }.encode().to_vec()
+    }
+
+    /// Feeds bytes and the end of the connection to a reader.
+    fn feed(bytes: &[u8], inbox: &mut Inbox) -> Result<End> {
+        let (mut incoming, near, mut far) = connection();
+        far.write_all(bytes).unwrap();
+        drop(far);
+        incoming.read(&near, inbox, usize::MAX).map(|(_, end)| end)
+    }
+
+    #[test]
+    fn hostile_frames_are_protocol_errors() {
+        let mut other_generation = frame(Kind::Data, 1);
+        other_generation[8] = 4;
+        let after_goodbye = [frame(Kind::Goodbye, 0), frame(Kind::Ring, 0)].concat();
+        for bytes in [
+            vec![0xff; 100],
+            b"GET / HTTP/1.1\r\nHost: a very long name\r\n\r\n".to_vec(),
+            frame(Kind::Data, u64::MAX),
+            frame(Kind::Data, (1 << 20) + 1),
+            frame(Kind::Abort, 1 << 40),
+            frame(Kind::Ring, 1),
+            other_generation,
+            after_goodbye,
+        ] {
+            assert!(matches!(feed(&bytes, &mut inbox()), Err(Error::Protocol { .. })), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_cut_frame_is_a_closed_connection() {
+        let whole = [frame(Kind::Data, 10), vec![7; 10]].concat();
+        for length in 0..whole.len() {
+            let mut inbox = inbox();
+            assert!(matches!(feed(&whole[..length], &mut inbox), Ok(End::Closed(_))), "{length}");
+            assert!(inbox.matching.take_any(1, TAG).unwrap().is_none(), "{length}");
+        }
+    }
+
+    #[test]
+    fn a_frame_may_come_byte_by_byte() {
+        let (mut incoming, near, mut far) = connection();
+        near.set_nonblocking(true).unwrap();
+        far.set_nodelay(true).unwrap();
+        let mut inbox = inbox();
+        for byte in [frame(Kind::Data, 3), vec![1, 2, 3], frame(Kind::Ring, 0)].concat() {
+            far.write_all(&[byte]).unwrap();
+            incoming.read(&near, &mut inbox, usize::MAX).unwrap();
+        }
+        drop(far);
+        near.set_nonblocking(false).unwrap();
+        incoming.read(&near, &mut inbox, usize::MAX).unwrap();
+        assert_eq!(inbox.matching.take_any(1, TAG).unwrap(), Some(vec![1, 2, 3]));
+        assert!(inbox.rung);
+    }
+
+    #[test]
+    fn a_length_alone_allocates_little() {
+        let mut inbox = inbox();
+        inbox.unexpected_limit_bytes = usize::MAX;
+        let (mut incoming, near, mut far) = connection();
+        far.write_all(&[frame(Kind::Data, 1 << 60), vec![1; 10]].concat()).unwrap();
+        drop(far);
+        assert!(matches!(incoming.read(&near, &mut inbox, usize::MAX), Ok((_, End::Closed(_)))));
+    }
+
+    #[test]
+    fn a_receive_takes_over_a_message_half_way() {
+        let (mut incoming, near, mut far) = connection();
+        let mut inbox = inbox();
+        far.write_all(&[frame(Kind::Data, 6), vec![1, 2, 3]].concat()).unwrap();
+        incoming.read(&near, &mut inbox, 1).unwrap();
+        let (request, into) = (inbox.requests.open(), Memory::zeroed(6));
+        let posted = Posted { request, into: into.clone() };
+        assert!(incoming.adopt(TAG, posted).unwrap().is_none());
+        far.write_all(&[4, 5, 6]).unwrap();
+        incoming.read(&near, &mut inbox, 1).unwrap();
+        assert!(inbox.requests.test(request).unwrap());
+        // SAFETY: the request is complete.
+        assert_eq!(unsafe { into.as_slice() }, [1, 2, 3, 4, 5, 6]);
+    }
+}

@@ -20,6 +20,9 @@ const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long sending the roster to one rank may take.
 const ROSTER_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long rank 0 stays to tell latecomers of a start that has failed.
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// A caller that has proved to belong to the job.
 struct Caller {
     stream: Stream,
@@ -40,7 +43,10 @@ pub(super) fn host(
     let seed = random_bytes()?;
     let gathered = receive_all(identity, meeting, &doorman, &mut lifeline, &mut addresses, deadline)
         .and_then(|()| send_roster(&mut lifeline, &addresses, seed));
-    gathered.inspect_err(|error| lifeline.tell_failure(0, error))?;
+    gathered.inspect_err(|error| {
+        lifeline.tell_failure(0, error);
+        tell_latecomers(&doorman, identity.size - 1 - lifeline.streams().len(), error);
+    })?;
     let addresses = addresses.into_iter().flatten().collect();
     Ok((Roster { addresses, key: mesh_key(meeting, &seed) }, lifeline))
 }
@@ -72,6 +78,21 @@ fn receive_all(
         }
     }
     Ok(())
+}
+
+/// Stays a moment to tell those who come after the start has failed. Without it they would look for rank 0 in vain.
+fn tell_latecomers(doorman: &Doorman<Caller>, mut expected: usize, error: &Error) {
+    let text = match error {
+        Error::Rendezvous(text) => text.clone(),
+        other => format!("rank 0 failed: {other}"),
+    };
+    let deadline = Instant::now() + FAREWELL_TIMEOUT;
+    while expected > 0 && Instant::now() < deadline && doorman.wait(&[], deadline).is_ok() {
+        while let Some(mut caller) = doorman.next() {
+            let _ = Note::Failed { text: text.clone() }.send(&mut caller.stream, deadline);
+            expected = expected.saturating_sub(1);
+        }
+    }
 }
 
 /// Takes a rank in, or fails the start of all if it cannot belong to this world.

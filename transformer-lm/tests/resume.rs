@@ -1,0 +1,193 @@
+//! Training in one process: what it leaves behind, and going on from any of its checkpoints to the bit.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use transformer_lm::Config;
+use transformer_lm::data::{PrepareOptions, TokenizerKind, prepare};
+use transformer_lm::trainer::{Resume, Summary, run_distributed_training};
+
+/// Dropout draws from libtorch's one generator, so runs in one process take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
+struct Lab {
+    folder: tempfile::TempDir,
+    config: Config,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// 30 updates of a tiny model with dropout, accumulation and clipping; an epoch has 22.
+fn lab() -> Lab {
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let text: String = (0..300).map(|i| ["king ", "queen ", "crown "][i * i % 7 % 3]).collect();
+    std::fs::write(folder.path().join("text.txt"), text).unwrap();
+    let data = folder.path().join("data");
+    let options = PrepareOptions {
+        input: vec![folder.path().join("text.txt")],
+        tokenizer: TokenizerKind::Byte,
+        output: data.clone(),
+        val_fraction: 0.1,
+        overwrite: false,
+        progress: false,
+    };
+    prepare(&options).unwrap();
+    let text = format!(
+        "model: {{d_model: 16, n_heads: 2, n_layers: 2, d_ff: 32, dropout: 0.1, max_seq_len: 8, vocab_size: auto}}\n\
+         training: {{max_steps: 30, per_gpu_batch_size: 2, global_batch_size: 8, learning_rate: 0.01, warmup_steps: 5, \
+         log_interval: 3, eval_interval: 10, save_interval: 7, keep_checkpoints: 0, max_grad_norm: 0.5, amp_dtype: fp32, \
+         device: cpu}}\n\
+         data: {{data_dir: {}}}",
+        data.display()
+    );
+    let config = Config::from_yaml(&text, "test").unwrap();
+    Lab { folder, config, _turn: turn }
+}
+
+impl Lab {
+    fn train(&self, output: &str, resume: Option<Resume>) -> transformer_lm::Result<Summary> {
+        let mut config = self.config.clone();
+        config.paths.checkpoint_dir = self.path(output);
+        run_distributed_training(&config, resume.as_ref(), "run")
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A copy of the finished run in which only the checkpoint `kept` stands; `metrics.csv` is whole.
+    fn rewound(&self, run: &Path, output: &str, kept: &[&str]) -> PathBuf {
+        let copy = self.path(output).join(run.file_name().unwrap());
+        std::fs::create_dir_all(&copy).unwrap();
+        for name in ["metrics.csv", "run_metadata.json"].iter().chain(kept) {
+            copy_all(&run.join(name), &copy.join(name));
+        }
+        copy
+    }
+}
+
+fn copy_all(from: &Path, to: &Path) {
+    if from.is_file() {
+        std::fs::copy(from, to).unwrap();
+        return;
+    }
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().flatten() {
+        copy_all(&entry.path(), &to.join(entry.file_name()));
+    }
+}
+
+/// The columns that must not differ between equal runs.
+fn rows(run: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(run.join("metrics.csv")).unwrap();
+    text.lines().map(|line| line.split(',').take(8).collect::<Vec<_>>().join(",")).collect()
+}
+
+fn names(run: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(run).unwrap().flatten().map(|entry| entry.file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn assert_same_end(run: &Path, other: &Path) {
+    assert_eq!(rows(run), rows(other));
+    for checkpoint in ["final_model", "best_model"] {
+        for file in ["model.safetensors", "optimizer.safetensors", "tokenizer.json"] {
+            let read = |run: &Path| std::fs::read(run.join(checkpoint).join(file)).unwrap();
+            assert!(read(run) == read(other), "{checkpoint}/{file} differs");
+        }
+    }
+}
+
+#[test]
+fn resumes_to_the_bit_from_any_checkpoint() {
+    let lab = lab();
+    let run = lab.train("undisturbed", None).unwrap().run.unwrap();
+    let steps =
+        ["checkpoint_epoch1_step7", "checkpoint_epoch1_step14", "checkpoint_epoch1_step21", "checkpoint_epoch2_step28"];
+    let mut expected: Vec<&str> = ["best_model", "checkpoint_epoch1", "final_model"].into();
+    expected.extend(steps);
+    expected.extend(["config_used.yaml", "metrics.csv", "run_metadata.json", "tensorboard"]);
+    expected.sort();
+    assert_eq!(names(&run), expected);
+
+    for kept in
+        [&[][..], &steps[..1], &["checkpoint_epoch1"], &["best_model"], &["final_model", "best_model"], &steps[..3]]
+    {
+        // `best_model` goes on standing where it is not written again.
+        let output = format!("from-{}", kept.join("-"));
+        let copy = lab.rewound(&run, &output, kept);
+        let summary = lab.train(&output, Some(Resume::Auto)).unwrap();
+        assert_eq!(summary.run.as_deref(), Some(&*copy));
+        assert_same_end(&run, &copy);
+    }
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over() {
+    let lab = lab();
+    let run = lab.train("undisturbed", None).unwrap().run.unwrap();
+    let copy = lab.rewound(&run, "damaged", &["checkpoint_epoch1_step7", "checkpoint_epoch1_step14"]);
+    let weights = copy.join("checkpoint_epoch1_step14/model.safetensors");
+    let half = std::fs::metadata(&weights).unwrap().len() / 2;
+    std::fs::File::options().write(true).open(&weights).unwrap().set_len(half).unwrap();
+    std::fs::create_dir(copy.join(".tmp-checkpoint_epoch1_step21-77")).unwrap();
+
+    let asked = Resume::Path(copy.join("checkpoint_epoch1_step14"));
+    let message = lab.train("damaged", Some(asked)).unwrap_err().to_string();
+    assert!(message.contains("model.safetensors is damaged"), "{message}");
+
+    lab.train("damaged", Some(Resume::Auto)).unwrap();
+    assert_same_end(&run, &copy);
+    assert_eq!(names(&run), names(&copy));
+}
+
+#[test]
+fn what_cannot_be_resumed_is_refused_with_the_reason() {
+    let mut lab = lab();
+    let refusal = |lab: &Lab, path: PathBuf| lab.train("refused", Some(Resume::Path(path))).unwrap_err().to_string();
+    let missing = refusal(&lab, lab.path("no/such"));
+    assert!(missing.contains("no/such: there is no such folder"), "{missing}");
+    let empty = refusal(&lab, lab.path("data"));
+    assert!(empty.contains("state.json is missing"), "{empty}");
+
+    let run = lab.train("undisturbed", None).unwrap().run.unwrap();
+    let before = rows(&run);
+    let last = run.join("final_model");
+    lab.config.seed.0 += 1;
+    assert!(refusal(&lab, last.clone()).contains("seed was 42 in the checkpoint and is 43 now"));
+    lab.config.seed.0 -= 1;
+    lab.config.training.global_batch_size = Some(4);
+    assert!(refusal(&lab, last.clone()).contains("sequences per update was 8"));
+    lab.config.training.global_batch_size = Some(8);
+    lab.config.model.d_ff = 64;
+    assert!(refusal(&lab, last).contains("was it trained with another `model` section?"));
+    assert_eq!(rows(&run), before);
+}
+
+#[test]
+fn an_impossible_run_is_refused_before_it_leaves_a_trace() {
+    let mut lab = lab();
+    lab.config.model.vocab_size = transformer_lm::config::VocabSize::Fixed(100);
+    let message = lab.train("none", None).unwrap_err().to_string();
+    assert!(message.contains("model.vocab_size = 100, but the data"), "{message}");
+    lab.config.model.vocab_size = transformer_lm::config::VocabSize::Auto;
+    lab.config.training.amp_dtype = transformer_lm::config::AmpDtype::Fp16;
+    let message = lab.train("none", None).unwrap_err().to_string();
+    assert!(message.contains("fp16 needs CUDA"), "{message}");
+    lab.config.data.data_dir = lab.path("nowhere");
+    let message = lab.train("none", None).unwrap_err().to_string();
+    assert!(message.contains("nowhere: no such folder"), "{message}");
+    assert!(!lab.path("none").exists());
+}
+
+#[test]
+fn bf16_stays_close_to_fp32() {
+    let mut lab = lab();
+    lab.config.model.dropout = 0.0;
+    let exact = lab.train("fp32", None).unwrap().loss.unwrap();
+    lab.config.training.amp_dtype = transformer_lm::config::AmpDtype::Bf16;
+    let close = lab.train("bf16", None).unwrap().loss.unwrap();
+    assert!(exact != close && (exact - close).abs() < 0.05, "{exact} {close}");
+}
