@@ -39,7 +39,8 @@ pub struct Config {
     pub transport: TransportChoice,
     /// Where rank 0 waits for the others, `host:port`. Not needed on one host. `HVD_RENDEZVOUS`.
     pub rendezvous: Option<String>,
-    /// What every rank of the job knows and no stranger does. Needed with `HVD_RENDEZVOUS`. `HVD_SECRET`.
+    /// What every rank of the job knows and no stranger does, at least 16 bytes. Needed with `HVD_RENDEZVOUS`.
+    /// `HVD_SECRET`.
     pub secret: Option<String>,
     /// The address that this rank listens on; anything but loopback needs a secret. `HVD_BIND`; default 127.0.0.1.
     pub bind: Option<IpAddr>,

@@ -297,7 +297,11 @@ impl Core {
             return;
         }
         self.state = State::Failed(error.clone());
-        self.transport.abort(&error.to_string());
+        match &error {
+            // The peers wrap the cause in the same error.
+            Error::PeerLost { rank, cause } if *rank == self.backend.rank => self.transport.abort(cause),
+            error => self.transport.abort(&error.to_string()),
+        }
         self.running.drain(..).for_each(|execution| execution.fail(&error));
         let ready = self.ready.drain(..).flat_map(|(batch, _)| batch.items);
         let waiting = self.waiting.drain().map(|(_, item)| item);

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use rustix::process::Signal;
+
 use super::{Backend, Inner, World};
 use crate::config::{Config, TransportChoice};
 use crate::engine::{Core, Engine, Observers};
@@ -22,6 +24,7 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 pub(super) fn world(config: Config) -> Result<World> {
     let launch = Launch::from_env()?;
     let topology = launch.topology.clone();
+    die_with_launcher(launch.launcher)?;
     if topology.size == 1 {
         return Ok(wrap(topology, Backend::Solo, Arc::default(), None));
     }
@@ -33,6 +36,22 @@ pub(super) fn world(config: Config) -> Result<World> {
         false => None,
     };
     start(transport, shared, topology, &config)
+}
+
+/// Has the kernel end this process when `mpirun` is killed, which can no longer do so itself: a rank that does not use MPI
+/// would go on without it.
+fn die_with_launcher(launcher: Launcher) -> Result<()> {
+    if !matches!(launcher, Launcher::OpenMpi | Launcher::Hydra) {
+        return Ok(());
+    }
+    let parent = rustix::process::getppid();
+    rustix::process::set_parent_process_death_signal(Some(Signal::TERM))
+        .map_err(|error| Error::io("cannot ask to be ended together with mpirun", error))?;
+    // It may have died before we asked; then somebody adopted us.
+    match rustix::process::getppid() == parent {
+        true => Ok(()),
+        false => Err(Error::Config("mpirun, which started this process, is gone".into())),
+    }
 }
 
 /// One rank of a world of threads.

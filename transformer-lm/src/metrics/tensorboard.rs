@@ -1,19 +1,25 @@
-//! TensorBoard's event files: length-delimited protobuf records, each with checksums.
+//! TensorBoard's event files.
 //!
-//! Written by hand because it is this short: the crate for it cannot report a full disk, truncates a file that was begun in
-//! the same second, and brings a protobuf runtime.
+//! Of `tensorboard-rs` only the parts that make and frame records: its own writer cannot report a full disk, and truncates
+//! a file that was begun in the same second.
 
 use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use protobuf::Message;
+use tensorboard_proto::event::Event;
+use tensorboard_rs::record_writer::RecordWriter;
+use tensorboard_rs::summary;
+
 use crate::{Error, Result};
 
+/// What the first record of every file says.
+const FILE_VERSION: &str = "brain.Event:2";
+
 /// An event file that scalars are appended to.
-#[derive(Debug)]
 pub struct EventFile {
-    file: File,
+    records: RecordWriter<File>,
     path: PathBuf,
 }
 
@@ -29,8 +35,10 @@ impl EventFile {
             let path = folder.join(format!("events.out.tfevents.{seconds}.{host}"));
             match File::create_new(&path) {
                 Ok(file) => {
-                    let mut events = EventFile { file, path };
-                    events.record(&event(0, &field_bytes(3, b"brain.Event:2")))?;
+                    let mut events = EventFile { records: RecordWriter::new(file), path };
+                    let mut first = event(0);
+                    first.set_file_version(FILE_VERSION.to_string());
+                    events.append(&first)?;
                     return Ok(events);
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => seconds += 1,
@@ -44,65 +52,28 @@ impl EventFile {
     /// # Errors
     /// [`Error::Io`].
     pub fn scalar(&mut self, tag: &str, step: u64, value: f64) -> Result<()> {
-        // Summary { value: [Value { tag = 1, simple_value = 2 }] } is field 5 of Event.
-        let mut inner = field_bytes(1, tag.as_bytes());
-        inner.push(2 << 3 | FIXED_32);
-        inner.extend((value as f32).to_le_bytes());
-        self.record(&event(step, &field_bytes(5, &field_bytes(1, &inner))))
+        let mut event = event(step);
+        event.set_summary(summary::scalar(tag, value as f32));
+        self.append(&event)
     }
 
-    /// length (8 bytes), checksum of the length, data, checksum of the data.
-    fn record(&mut self, data: &[u8]) -> Result<()> {
-        let length = (data.len() as u64).to_le_bytes();
-        let mut bytes = length.to_vec();
-        bytes.extend(masked_crc(&length).to_le_bytes());
-        bytes.extend(data);
-        bytes.extend(masked_crc(data).to_le_bytes());
-        self.file.write_all(&bytes).map_err(Error::io("write", &self.path))
+    fn append(&mut self, event: &Event) -> Result<()> {
+        let write = |bytes: Vec<u8>| self.records.write(&bytes).and_then(|()| self.records.flush());
+        event.write_to_bytes().map_err(std::io::Error::from).and_then(write).map_err(Error::io("write", &self.path))
     }
 }
 
-const VARINT: u8 = 0;
-const FIXED_64: u8 = 1;
-const BYTES: u8 = 2;
-const FIXED_32: u8 = 5;
-
-/// Event { wall_time = 1, step = 2, … }.
-fn event(step: u64, rest: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![1 << 3 | FIXED_64];
-    bytes.extend(now().to_le_bytes());
-    bytes.push(2 << 3 | VARINT);
-    bytes.extend(varint(step));
-    bytes.extend(rest);
-    bytes
-}
-
-fn field_bytes(number: u8, data: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![number << 3 | BYTES];
-    bytes.extend(varint(data.len() as u64));
-    bytes.extend(data);
-    bytes
-}
-
-fn varint(mut value: u64) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    while value >= 0x80 {
-        bytes.push(value as u8 | 0x80);
-        value >>= 7;
+impl std::fmt::Debug for EventFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventFile").field("path", &self.path).finish_non_exhaustive()
     }
-    bytes.push(value as u8);
-    bytes
 }
 
-/// CRC-32C, rotated and shifted as TensorFlow's records want it.
-fn masked_crc(data: &[u8]) -> u32 {
-    crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
-}
-
-fn crc32c(data: &[u8]) -> u32 {
-    !data.iter().fold(!0u32, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 })
-    })
+fn event(step: u64) -> Event {
+    let mut event = Event::new();
+    event.set_wall_time(now());
+    event.set_step(step as i64);
+    event
 }
 
 /// Seconds since 1970.
@@ -114,33 +85,29 @@ fn now() -> f64 {
 mod tests {
     use super::*;
 
-    #[test]
-    fn checksum_of_the_standards_example() {
-        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+    /// The data of every record: length (8 bytes), checksum of the length (4), data, checksum of the data (4).
+    fn records(path: &Path) -> Vec<Event> {
+        let bytes = std::fs::read(path).unwrap();
+        let mut rest = &bytes[..];
+        let mut events = Vec::new();
+        while !rest.is_empty() {
+            let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
+            events.push(protobuf::parse_from_bytes(&rest[12..12 + length]).unwrap());
+            rest = &rest[16 + length..];
+        }
+        events
     }
 
     #[test]
-    fn records_are_framed_and_hold_the_scalar() {
+    fn a_file_holds_its_version_and_the_scalars() {
         let folder = tempfile::tempdir().unwrap();
         let mut events = EventFile::create(folder.path()).unwrap();
         events.scalar("train/loss", 300, 1.5).unwrap();
         EventFile::create(folder.path()).unwrap(); // in the same second: another file
-        let bytes = std::fs::read(&events.path).unwrap();
-        let mut rest = &bytes[..];
-        let mut records = Vec::new();
-        while !rest.is_empty() {
-            let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
-            assert_eq!(rest[8..12], masked_crc(&rest[..8]).to_le_bytes());
-            let data = &rest[12..12 + length];
-            assert_eq!(rest[12 + length..16 + length], masked_crc(data).to_le_bytes());
-            records.push(data.to_vec());
-            rest = &rest[16 + length..];
-        }
+        let records = records(&events.path);
         assert_eq!(records.len(), 2);
-        assert!(records[0].ends_with(b"brain.Event:2"));
-        assert_eq!(records[1][9..12], [2 << 3, 0xac, 0x02]); // step 300
-        assert!(records[1].ends_with(
-            &[&[1 << 3 | BYTES, 10][..], b"train/loss", &[2 << 3 | FIXED_32], &1.5f32.to_le_bytes()].concat()
-        ));
+        assert_eq!(records[0].get_file_version(), FILE_VERSION);
+        let value = &records[1].get_summary().get_value()[0];
+        assert_eq!((records[1].get_step(), value.get_tag(), value.get_simple_value()), (300, "train/loss", 1.5));
     }
 }

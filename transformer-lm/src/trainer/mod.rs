@@ -24,7 +24,7 @@ use crate::metrics::{self, RunMetadata};
 use journal::{Journal, Place};
 
 pub use learner::{Learner, Sums, Update};
-pub use plan::{BatchPlan, total_steps};
+pub use plan::{BatchPlan, most_at_once, total_steps};
 pub use resume::Resume;
 pub use schedule::Schedule;
 pub use setup::{Setup, device_of, launched_rank, setup_horovod};
@@ -88,7 +88,7 @@ impl<'a> Run<'a> {
         let config = config.resolved(data.vocab_size)?;
         let shape = config.model_config(data.vocab_size);
         let device = device_of(config.training.device, setup)?;
-        let plan = BatchPlan::new(&config.training, setup.world_size)?;
+        let plan = BatchPlan::new(&config.training, setup.world_size, most_at_once(device, &shape))?;
         let (train, val) = loaders_of(&data, &loader_config(&config, &plan, setup, device))?;
         let total = total_steps(&config.training, train.steps_per_epoch());
         let learner = Learner::new(&config, &shape, &plan, &setup.world, device)?;

@@ -1,6 +1,9 @@
 //! How many sequences go where, and for how long.
 
+use tch::Device;
+
 use crate::config::TrainingSection;
+use crate::model::ModelConfig;
 use crate::{Error, Result};
 
 /// One update's sequences, dealt to ranks and micro-batches: `global = world × accumulation × micro`.
@@ -15,18 +18,21 @@ pub struct BatchPlan {
 }
 
 impl BatchPlan {
-    /// Without `global_batch_size`: `per_gpu_batch_size` × `gradient_accumulation_steps` on every rank. With it: each rank's
-    /// share in the largest equal micro-batches that do not exceed `per_gpu_batch_size`.
+    /// Each rank's share of an update in the largest equal micro-batches that exceed neither `per_gpu_batch_size` nor
+    /// `most`. The share is `global_batch_size` / `world`, or `per_gpu_batch_size` × `gradient_accumulation_steps`.
     ///
     /// # Errors
     /// [`Error::Config`] where the global batch cannot be dealt evenly to `world` ranks.
-    pub fn new(training: &TrainingSection, world: usize) -> Result<BatchPlan> {
+    pub fn new(training: &TrainingSection, world: usize, most: usize) -> Result<BatchPlan> {
         let limit = training.per_gpu_batch_size;
-        let Some(global) = training.global_batch_size else {
-            let accumulation = training.gradient_accumulation_steps;
-            let overflow = || Error::Config(format!("training: {limit} × {accumulation} × {world} sequences overflow"));
-            let global = limit.checked_mul(accumulation).and_then(|n| n.checked_mul(world)).ok_or_else(overflow)?;
-            return Ok(BatchPlan { global, micro: limit, accumulation });
+        let global = match training.global_batch_size {
+            Some(global) => global,
+            None => {
+                let accumulation = training.gradient_accumulation_steps;
+                let overflow =
+                    || Error::Config(format!("training: {limit} × {accumulation} × {world} sequences overflow"));
+                limit.checked_mul(accumulation).and_then(|n| n.checked_mul(world)).ok_or_else(overflow)?
+            }
         };
         if !global.is_multiple_of(world) {
             return Err(Error::Config(format!(
@@ -36,8 +42,20 @@ impl BatchPlan {
             )));
         }
         let share = global / world;
-        let micro = (1..=share.min(limit)).rev().find(|micro| share.is_multiple_of(*micro)).unwrap_or(1);
+        let largest = share.min(limit).min(most).max(1);
+        let micro = (1..=largest).rev().find(|micro| share.is_multiple_of(*micro)).unwrap_or(1);
         Ok(BatchPlan { global, micro, accumulation: share / micro })
+    }
+}
+
+/// The most sequences that a rank should run at once on `device`. On the CPU, where a larger micro-batch is no faster but the
+/// logits of a large vocabulary take most of the memory, those stay within 128 MiB.
+pub fn most_at_once(device: Device, shape: &ModelConfig) -> usize {
+    const LOGITS_BYTES: usize = 128 << 20;
+    let bytes_per_sequence = shape.max_seq_len.saturating_mul(shape.vocab_size).saturating_mul(size_of::<f32>());
+    match device {
+        Device::Cpu => (LOGITS_BYTES / bytes_per_sequence.max(1)).max(1),
+        _ => usize::MAX,
     }
 }
 
@@ -52,7 +70,7 @@ mod tests {
 
     fn plan(global: Option<usize>, limit: usize, world: usize) -> Result<(usize, usize, usize)> {
         let training = TrainingSection { global_batch_size: global, per_gpu_batch_size: limit, ..Default::default() };
-        BatchPlan::new(&training, world).map(|plan| (plan.global, plan.micro, plan.accumulation))
+        BatchPlan::new(&training, world, usize::MAX).map(|plan| (plan.global, plan.micro, plan.accumulation))
     }
 
     #[test]
@@ -77,6 +95,16 @@ mod tests {
     #[test]
     fn without_it_every_rank_takes_its_own() {
         assert_eq!(plan(None, 16, 3).unwrap(), (96, 16, 2));
+    }
+
+    #[test]
+    fn a_large_vocabulary_means_small_micro_batches_on_the_cpu() {
+        let shape = |vocab_size| ModelConfig { vocab_size, max_seq_len: 512, ..Default::default() };
+        assert_eq!(most_at_once(Device::Cpu, &shape(50257)), 1);
+        assert_eq!(most_at_once(Device::Cpu, &shape(256)), 256);
+        assert_eq!(most_at_once(Device::Cuda(0), &shape(50257)), usize::MAX);
+        let plan = BatchPlan::new(&TrainingSection::default(), 8, 1).unwrap();
+        assert_eq!((plan.global, plan.micro, plan.accumulation), (256, 1, 32));
     }
 
     #[test]
