@@ -45,7 +45,7 @@ pub use autograd::{Hook, set_grad};
 pub use cuda::{CudaStatus, load_cuda};
 pub use distributed::{Builder, DistributedOptimizer};
 pub use error::{Error, Result};
-pub use optim::{AdamW, Optimizer, ParamGroup, TchOptimizer, named_parameters, named_variables};
+pub use optim::{AdamW, Optimizer, ParamGroup, ShardedAdamW, TchOptimizer, named_parameters, named_variables};
 pub use random::{Determinism, manual_seed, mix, reseed, set_deterministic, set_num_threads};
 pub use sampler::DistributedSampler;
 

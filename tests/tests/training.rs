@@ -85,7 +85,11 @@ impl Lab {
     }
 
     fn weights(&self, output: &str) -> Vec<u8> {
-        std::fs::read(self.run_folder(output).join("final_model").join("model.safetensors")).expect("final weights")
+        std::fs::read(self.run_folder(output).join("final_model/model.safetensors")).expect("final weights")
+    }
+
+    fn moments(&self, output: &str) -> Vec<u8> {
+        std::fs::read(self.run_folder(output).join("final_model/optimizer.safetensors")).expect("final moments")
     }
 }
 
@@ -184,6 +188,23 @@ fn a_killed_training_resumes_and_ends_bit_identical() {
     assert_eq!(lab.metrics("disturbed"), lab.metrics("undisturbed"));
     assert!(lab.weights("disturbed") == lab.weights("undisturbed"), "the weights differ");
     assert_no_leftovers(&lab.run_folder("disturbed"));
+}
+
+#[test]
+fn a_sharded_optimizer_gives_the_same_bits_also_after_a_kill() {
+    let lab = Lab::new();
+    let whole = lab.train(3, "whole", &["distributed.shard_optimizer=false"]).run();
+    whole.assert_success();
+    let sharded = ["distributed.shard_optimizer=true"];
+    lab.train(3, "sharded", &sharded).run().assert_success();
+    let mut random = ChaCha8Rng::seed_from_u64(seed());
+    kill_somewhere(lab.train(3, "killed", &sharded), &mut random, 3, whole.elapsed);
+    lab.train(3, "killed", &sharded).args(["--resume", "auto"]).run().assert_success();
+    for output in ["sharded", "killed"] {
+        assert_eq!(lab.metrics(output), lab.metrics("whole"), "{output}");
+        assert!(lab.weights(output) == lab.weights("whole"), "{output}: the weights differ");
+        assert!(lab.moments(output) == lab.moments("whole"), "{output}: the optimizer's state differs");
+    }
 }
 
 /// Half-written checkpoints must be gone once a run has ended.

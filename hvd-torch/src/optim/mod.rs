@@ -2,9 +2,11 @@
 
 mod adamw;
 mod native;
+mod sharded;
 
 pub use adamw::{AdamW, ParamGroup};
 pub use native::{TchOptimizer, named_parameters, named_variables};
+pub use sharded::ShardedAdamW;
 
 use std::collections::HashSet;
 
@@ -39,6 +41,32 @@ pub trait Optimizer {
     /// # Errors
     /// If a tensor is missing, unknown or of another shape; then nothing was changed.
     fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()>;
+}
+
+impl<O: Optimizer + ?Sized> Optimizer for Box<O> {
+    fn parameters(&self) -> Vec<(String, Tensor)> {
+        (**self).parameters()
+    }
+
+    fn step(&mut self) -> Result<()> {
+        (**self).step()
+    }
+
+    fn zero_grad(&mut self) -> Result<()> {
+        (**self).zero_grad()
+    }
+
+    fn set_lr(&mut self, lr: f64) {
+        (**self).set_lr(lr);
+    }
+
+    fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        (**self).state()
+    }
+
+    fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()> {
+        (**self).load_state(state)
+    }
 }
 
 /// Refuses names that occur twice.

@@ -86,14 +86,33 @@ fn contiguous(tensors: &[(String, Tensor)]) -> Vec<(&str, Tensor)> {
 /// # Errors
 /// [`Error::Checkpoint`] where it is not whole (a checksum, a missing file) or of another model.
 pub fn load_checkpoint<O: Optimizer>(path: &Path, model: &TransformerLM, optimizer: &mut O) -> Result<CheckpointState> {
-    let state = verify(path)?;
-    let refuse = |detail: String| Error::checkpoint(path, detail);
-    let weights = Tensor::read_safetensors(path.join("model.safetensors"))?;
-    let moments = Tensor::read_safetensors(path.join("optimizer.safetensors"))?;
-    check_shapes(&model.parameters(), &weights).map_err(refuse)?;
-    optimizer.load_state(&moments).map_err(|error| refuse(error.to_string()))?;
+    let Loaded { state, weights, moments } = read_checkpoint(path, model)?;
+    optimizer.load_state(&moments).map_err(|error| Error::checkpoint(path, error.to_string()))?;
     crate::model::copy_weights(model, weights, path)?;
     Ok(state)
+}
+
+/// What a checkpoint holds.
+#[derive(Debug)]
+pub struct Loaded {
+    /// Where training stands.
+    pub state: CheckpointState,
+    /// The model's parameters by name.
+    pub weights: Vec<(String, Tensor)>,
+    /// The optimizer's state by name.
+    pub moments: Vec<(String, Tensor)>,
+}
+
+/// Checks the checkpoint in the folder `path` and reads it.
+///
+/// # Errors
+/// [`Error::Checkpoint`] where it is not whole (a checksum, a missing file) or of another model.
+pub fn read_checkpoint(path: &Path, model: &TransformerLM) -> Result<Loaded> {
+    let state = verify(path)?;
+    let weights = Tensor::read_safetensors(path.join("model.safetensors"))?;
+    let moments = Tensor::read_safetensors(path.join("optimizer.safetensors"))?;
+    check_shapes(&model.parameters(), &weights).map_err(|detail| Error::checkpoint(path, detail))?;
+    Ok(Loaded { state, weights, moments })
 }
 
 /// Whether `weights` are those of a model with these parameters.

@@ -67,7 +67,6 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
         return Ok(());
     }
-    crate::memory::keep_freed_memory();
     let resume = args.resume.as_deref().map(Resume::from);
     run_distributed_training(&config, resume.as_ref(), &args.run_name).map(drop)
 }

@@ -234,6 +234,8 @@ impl Default for PathsSection {
 pub struct DistributedSection {
     /// Compression of gradients on the wire.
     pub horovod_compression: HorovodCompression,
+    /// Whether each rank keeps only its share of AdamW's moments; null: in models of 32 million parameters and more.
+    pub shard_optimizer: Option<bool>,
 }
 
 /// Reads and checks a configuration file.

@@ -54,6 +54,7 @@ pub(super) const EXPECTED: &[(&str, &str)] = &[
     ("paths.log_dir", PATH_OR_NULL),
     ("paths.tensorboard_dir", PATH_OR_NULL),
     ("distributed.horovod_compression", "one of none, fp16, bf16"),
+    ("distributed.shard_optimizer", "true, false or null"),
     ("seed", COUNT_OR_ZERO),
 ];
 

@@ -3,11 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use tch::Tensor;
+
 use super::learner::{Learner, Sums, Update};
 use crate::Result;
 use crate::checkpoint::{self, CheckpointState, Contents};
 use crate::config::Config;
 use crate::metrics::{Phase, Progress, Recorder, Row, RunFolder};
+
+/// The optimizer's state by name.
+type Moments = [(String, Tensor)];
 
 /// Rank 0's record of the run.
 pub(super) struct Journal {
@@ -92,36 +97,36 @@ impl Journal {
 
     /// Writes the checkpoints that are due after the update that `state` describes. One that stands already, from
     /// before a resume, stays.
-    pub fn save_due(&self, state: &CheckpointState, learner: &Learner) -> Result<()> {
+    pub fn save_due(&self, state: &CheckpointState, learner: &Learner, moments: &Moments) -> Result<()> {
         let every = self.config.training.save_interval;
         let at_edge = state.step == 0;
         let epoch = if at_edge { state.epoch } else { state.epoch + 1 };
         if every > 0 && state.global_step.is_multiple_of(every) {
-            self.save_or_warn(&format!("checkpoint_epoch{epoch}_step{}", state.global_step), state, learner);
+            self.save_or_warn(&format!("checkpoint_epoch{epoch}_step{}", state.global_step), state, learner, moments);
             checkpoint::prune(&self.run.root, self.config.training.keep_checkpoints)?;
         }
         if at_edge {
-            self.save_or_warn(&format!("checkpoint_epoch{epoch}"), state, learner);
+            self.save_or_warn(&format!("checkpoint_epoch{epoch}"), state, learner, moments);
         }
         if state.global_step >= self.total {
-            self.save("final_model", state, learner)?;
+            self.save("final_model", state, learner, moments)?;
         }
         Ok(())
     }
 
     /// Writes `best_model`.
-    pub fn save_best(&self, state: &CheckpointState, learner: &Learner) {
-        self.save_or_warn("best_model", state, learner);
+    pub fn save_best(&self, state: &CheckpointState, learner: &Learner, moments: &Moments) {
+        self.save_or_warn("best_model", state, learner, moments);
     }
 
     /// A full disk is no reason to lose the run: the older checkpoints are whole.
-    fn save_or_warn(&self, name: &str, state: &CheckpointState, learner: &Learner) {
-        if let Err(error) = self.save(name, state, learner) {
+    fn save_or_warn(&self, name: &str, state: &CheckpointState, learner: &Learner, moments: &Moments) {
+        if let Err(error) = self.save(name, state, learner, moments) {
             self.say(&format!("warning: {name} was not saved: {error}"));
         }
     }
 
-    fn save(&self, name: &str, state: &CheckpointState, learner: &Learner) -> Result<()> {
+    fn save(&self, name: &str, state: &CheckpointState, learner: &Learner, moments: &Moments) -> Result<()> {
         let path = self.run.root.join(name);
         if checkpoint::verify(&path).is_ok_and(|there| there.global_step == state.global_step) {
             return Ok(());
@@ -129,7 +134,7 @@ impl Journal {
         let state = CheckpointState { wall_time: self.wall_time(), scaler: learner.scaler, ..state.clone() };
         let contents = Contents {
             model: &learner.model.parameters(),
-            optimizer: &learner.optimizer_state()?,
+            optimizer: moments,
             state: &state,
             config: &self.config,
             tokenizer: Some(&self.tokenizer),

@@ -1,6 +1,8 @@
 //! One optimizer update: forward and backward over the micro-batches, reduction, clipping, step.
 
-use hvd_torch::{AdamW, Autocast, Compression, DistributedOptimizer, Optimizer, ParamGroup, ReduceOp, World};
+use hvd_torch::{
+    AdamW, Autocast, Compression, DistributedOptimizer, Optimizer, ParamGroup, ReduceOp, ShardedAdamW, World,
+};
 use tch::{Device, Kind, Tensor, nn};
 
 use super::plan::BatchPlan;
@@ -63,10 +65,12 @@ pub struct Learner {
     /// The model.
     pub model: TransformerLM,
     /// Its optimizer, which reduces gradients over all ranks.
-    pub optimizer: DistributedOptimizer<AdamW>,
+    pub optimizer: DistributedOptimizer<Box<dyn Optimizer>>,
     /// fp16's loss scaler.
     pub scaler: Option<ScalerState>,
     world: World,
+    /// Whether the optimizer's state is spread over the ranks.
+    sharded: bool,
     precision: Precision,
     max_grad_norm: f64,
     /// Valid tokens of an update where no label is left out. Losses are divided by it before the backward pass, so that
@@ -92,7 +96,8 @@ impl Learner {
         let mut store = nn::VarStore::new(device);
         store.set_kind(precision.weights);
         let model = TransformerLM::new(&store.root(), shape, config.seed.0)?;
-        let optimizer = DistributedOptimizer::builder(adamw(config, &model)?)
+        let sharded = is_sharded(config, &model, world);
+        let optimizer = DistributedOptimizer::builder(adamw(config, &model, world, sharded)?)
             .world(world.clone())
             .op(ReduceOp::Sum)
             .backward_passes_per_step(plan.accumulation)
@@ -103,6 +108,7 @@ impl Learner {
             optimizer,
             scaler: precision.scaled.then_some(ScalerState { scale: FIRST_SCALE, good_steps: 0 }),
             world: world.clone(),
+            sharded,
             precision,
             max_grad_norm: config.training.max_grad_norm,
             nominal_tokens: (plan.global * shape.max_seq_len) as f64,
@@ -110,13 +116,13 @@ impl Learner {
         })
     }
 
-    /// All ranks take rank 0's weights and optimizer state.
+    /// All ranks take rank 0's weights.
     ///
     /// # Errors
     /// [`Error::Hvd`].
     pub fn broadcast(&mut self) -> Result<()> {
         hvd_torch::ops::broadcast_parameters(&self.world, &self.model.parameters(), 0)?;
-        Ok(hvd_torch::ops::broadcast_optimizer_state(&self.world, self.optimizer.inner_mut(), 0)?)
+        Ok(())
     }
 
     /// One update from this rank's micro-batches (B, T+1) of the global batch. `step` is the number of updates before it.
@@ -187,12 +193,26 @@ impl Learner {
         Ok(sums)
     }
 
-    /// The optimizer's state by name.
+    /// The optimizer's state by name, on rank 0. All ranks must call it.
     ///
     /// # Errors
     /// [`Error::Hvd`].
-    pub fn optimizer_state(&self) -> Result<Vec<(String, Tensor)>> {
+    pub fn moments(&self) -> Result<Vec<(String, Tensor)>> {
         Ok(self.optimizer.inner().state()?)
+    }
+
+    /// All ranks take the optimizer's state that rank 0 gives.
+    ///
+    /// # Errors
+    /// [`Error::Hvd`], where it is another model's.
+    pub fn load_moments(&mut self, moments: &[(String, Tensor)]) -> Result<()> {
+        if self.sharded {
+            return Ok(self.optimizer.inner_mut().load_state(moments)?);
+        }
+        if self.world.rank() == 0 {
+            self.optimizer.inner_mut().load_state(moments)?;
+        }
+        Ok(hvd_torch::ops::broadcast_optimizer_state(&self.world, self.optimizer.inner_mut(), 0)?)
     }
 }
 
@@ -218,12 +238,24 @@ impl ScalerState {
 }
 
 /// AdamW with decay on matrices only: biases and gains have no reason to be small.
-fn adamw(config: &Config, model: &TransformerLM) -> Result<AdamW> {
+/// Models with fewer parameters are not worth the messages that sharding costs.
+const SHARDED_FROM: usize = 32_000_000;
+
+fn is_sharded(config: &Config, model: &TransformerLM, world: &World) -> bool {
+    let parameters: usize = model.parameters().iter().map(|(_, parameter)| parameter.numel()).sum();
+    world.size() > 1 && config.distributed.shard_optimizer.unwrap_or(parameters >= SHARDED_FROM)
+}
+
+fn adamw(config: &Config, model: &TransformerLM, world: &World, sharded: bool) -> Result<Box<dyn Optimizer>> {
     let training = &config.training;
     let (decayed, others) = model.parameters().into_iter().partition(|(_, parameter)| parameter.dim() >= 2);
     let group = |params, weight_decay| ParamGroup { params, lr: training.learning_rate, weight_decay };
     let groups = vec![group(decayed, training.weight_decay), group(others, 0.0)];
-    Ok(AdamW::new(groups, training.betas.into(), training.eps)?)
+    let (betas, eps) = (training.betas.into(), training.eps);
+    Ok(match sharded {
+        true => Box::new(ShardedAdamW::new(world.clone(), groups, betas, eps)?),
+        false => Box::new(AdamW::new(groups, betas, eps)?),
+    })
 }
 
 fn compression(config: &Config) -> Compression {

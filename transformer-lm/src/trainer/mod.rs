@@ -52,6 +52,10 @@ pub struct Summary {
 pub fn run_distributed_training(config: &Config, resume: Option<&Resume>, run_name: &str) -> Result<Summary> {
     let own_world = !hvd_torch::is_initialised();
     let setup = setup_horovod(false)?;
+    // It costs memory, which is scarcer than time where ranks outnumber the cores.
+    if !setup.crowded {
+        crate::memory::keep_freed_memory();
+    }
     let outcome = Run::start(config, resume, run_name, &setup).and_then(Run::train);
     match &outcome {
         Ok(_) if own_world => hvd_torch::shutdown().map_err(hvd_torch::Error::from)?,
@@ -114,14 +118,18 @@ impl<'a> Run<'a> {
     fn take_up(&mut self, resume: Option<&Resume>, run_name: &str, device: Device) -> Result<()> {
         let threads = self.setup.threads;
         let here = metrics::Device { host: metrics::host(), device: device_name(device), threads };
+        let mut moments = Vec::new();
         let devices = self.setup.world.allgather_object("run.devices", &here).map_err(hvd_torch::Error::from)?;
         if self.setup.rank == 0 {
             let start = resume::find(&self.config.paths, resume, run_name)?;
             if let Some(path) = &start.checkpoint {
                 let saved = checkpoint::read_state(path)?;
                 resume::check(&saved, &self.state)?;
-                let saved = checkpoint::load_checkpoint(path, &self.learner.model, self.learner.optimizer.inner_mut())?;
-                self.state = CheckpointState { world_size: self.setup.world_size, files: BTreeMap::new(), ..saved };
+                let loaded = checkpoint::read_checkpoint(path, &self.learner.model)?;
+                crate::model::copy_weights(&self.learner.model, loaded.weights, path)?;
+                moments = loaded.moments;
+                let world_size = self.setup.world_size;
+                self.state = CheckpointState { world_size, files: BTreeMap::new(), ..loaded.state };
             }
             let run = start.run.with_folders()?;
             self.run = Some(run.root.clone());
@@ -134,7 +142,11 @@ impl<'a> Run<'a> {
         let state = (self.setup.rank == 0).then(|| self.state.clone());
         self.state = self.setup.world.broadcast_object("run.state", state, 0).map_err(hvd_torch::Error::from)?;
         self.learner.scaler = self.state.scaler.or(self.learner.scaler);
-        self.learner.broadcast()
+        self.learner.broadcast()?;
+        match self.state.global_step {
+            0 => Ok(()),
+            _ => self.learner.load_moments(&moments),
+        }
     }
 
     fn train(mut self) -> Result<Summary> {
@@ -207,15 +219,21 @@ impl<'a> Run<'a> {
             };
             let lr = self.schedule.at(self.state.global_step - 1);
             journal.validated(place, &sums, lr, started.elapsed().as_secs_f64())?;
-            if best {
-                journal.save_best(&self.state, &self.learner);
-            }
+        }
+        if best {
+            let moments = self.learner.moments()?;
+            self.journal.iter().for_each(|journal| journal.save_best(&self.state, &self.learner, &moments));
         }
         Ok(())
     }
 
+    /// Writes the checkpoints that are due. All ranks call it: the optimizer's state may lie on all of them.
     fn save_due(&self) -> Result<()> {
-        self.journal.as_ref().map_or(Ok(()), |journal| journal.save_due(&self.state, &self.learner))
+        if !self.is_due(self.config.training.save_interval) {
+            return Ok(());
+        }
+        let moments = self.learner.moments()?;
+        self.journal.as_ref().map_or(Ok(()), |journal| journal.save_due(&self.state, &self.learner, &moments))
     }
 
     fn finish(self) -> Result<Summary> {

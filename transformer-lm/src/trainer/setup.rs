@@ -24,6 +24,8 @@ pub struct Setup {
     pub cuda: bool,
     /// Threads that libtorch computes with in this rank.
     pub threads: usize,
+    /// Whether the host's ranks outnumber its cores.
+    pub crowded: bool,
     /// The world itself.
     pub world: World,
 }
@@ -37,7 +39,7 @@ pub struct Setup {
 pub fn setup_horovod(require_distributed: bool) -> Result<Setup> {
     // Before anything starts a thread, which would inherit a narrow mask.
     let topology = Launch::from_env().map_err(hvd_torch::Error::from)?.topology;
-    let threads = deal_cores(&topology);
+    let (threads, crowded) = deal_cores(&topology);
     let world = hvd_torch::init().map_err(hvd_torch::Error::from)?;
     if require_distributed && world.size() == 1 {
         let text = "this needs several ranks, but there is only one\n\
@@ -45,7 +47,7 @@ pub fn setup_horovod(require_distributed: bool) -> Result<Setup> {
         return Err(Error::Config(text.into()));
     }
     let (world_size, rank, local_rank) = (world.size(), world.rank(), topology.local_rank);
-    Ok(Setup { world_size, rank, local_rank, cuda: tch::Cuda::is_available(), threads, world })
+    Ok(Setup { world_size, rank, local_rank, cuda: tch::Cuda::is_available(), threads, crowded, world })
 }
 
 /// The rank that the launcher gave this process; 0 where that cannot be told. Usable before [`setup_horovod`].
@@ -53,11 +55,11 @@ pub fn launched_rank() -> usize {
     Launch::from_env().map_or(0, |launch| launch.topology.rank)
 }
 
-/// Gives this rank its share of the host's cores and sets libtorch's threads; how many.
+/// Gives this rank its share of the host's cores and sets libtorch's threads; how many, and whether ranks outnumber cores.
 ///
 /// Launchers bind a rank to one core when they know too little (Open MPI with 1 or 2 ranks), so the mask is widened first.
 /// Where ranks fill the cores each computes with one thread: more would spin in each other's way.
-fn deal_cores(topology: &Topology) -> usize {
+fn deal_cores(topology: &Topology) -> (usize, bool) {
     let asked = std::env::var("OMP_NUM_THREADS").ok().and_then(|text| text.trim().parse().ok()).filter(|n| *n > 0);
     let bound = BINDING_VARIABLES.iter().any(|name| std::env::var_os(name).is_some_and(|value| value != "none"));
     let cores = if bound { own_cores() } else { widen() };
@@ -68,7 +70,7 @@ fn deal_cores(topology: &Topology) -> usize {
     let fill = topology.local_size >= cores.len() && !bound;
     let threads = asked.unwrap_or(if fill { 1 } else { share.len().max(1) });
     tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
-    threads
+    (threads, !bound && topology.local_size > cores.len())
 }
 
 /// A rank's cores: an equal part, or all where there are not enough to go round.
