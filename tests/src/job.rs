@@ -128,6 +128,11 @@ impl Running {
         let _ = kill_process(self.pid(rank), Signal::KILL);
     }
 
+    /// What the ranks have printed so far.
+    pub fn stdout(&self) -> String {
+        self.output.read("stdout")
+    }
+
     /// Waits until the output contains `text`; gives up, with `false`, when the job ends before that.
     ///
     /// # Panics

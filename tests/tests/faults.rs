@@ -1,10 +1,11 @@
 //! Ranks that die, panic or leave: the others end soon, say who it was, and nothing is left behind.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use hvd_tests::{Job, Running, binary, seed};
+use hvd_tests::{Job, Launcher, Running, binary, seed};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 /// From the death of a rank to the end of the last of the others.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -16,7 +17,7 @@ fn worker(ranks: usize, args: &[&str]) -> Job {
 /// Kills `victim`, and checks the end of the others.
 fn kill_and_check(running: Running, victim: usize) {
     running.kill(victim);
-    let killed = std::time::Instant::now();
+    let killed = Instant::now();
     let finished = running.wait();
     assert!(killed.elapsed() < LIMIT, "it took {:?}", killed.elapsed());
     let named = format!("rank {victim}");
@@ -41,6 +42,35 @@ fn a_rank_killed_at_any_moment_ends_the_job() {
             // Somewhere within the phase; not to wait for anything.
             std::thread::sleep(Duration::from_micros(random.random_range(0..40_000)));
             kill_and_check(running, victim);
+        }
+    }
+}
+
+/// The process of a rank that `mpirun` started, as the worker says it.
+fn rank_process(text: &str, rank: usize) -> Option<i32> {
+    let marker = format!("rank {rank} is process ");
+    text.split(&marker).nth(1)?.split_whitespace().next()?.parse().ok()
+}
+
+#[test]
+fn under_mpirun_a_killed_rank_or_a_killed_mpirun_ends_all() {
+    for launcher in Launcher::available().into_iter().filter(|launcher| *launcher != Launcher::Spawn) {
+        for kill_launcher in [false, true] {
+            let job = worker(3, &["steps", "--count", "1000000000", "--elements", "100000"]).launcher(launcher);
+            let mut running = job.start();
+            assert!(running.wait_for("stepping"), "the job ended by itself");
+            let processes = (0..3).map(|rank| rank_process(&running.stdout(), rank).expect("a process id"));
+            let processes: Vec<_> = processes.filter_map(Pid::from_raw).collect();
+            match kill_launcher {
+                true => running.kill(0),
+                false => kill_process(processes[1], Signal::KILL).expect("a process to kill"),
+            }
+            let killed = Instant::now();
+            running.wait().assert_failure();
+            while processes.iter().any(|&process| test_kill_process(process).is_ok()) {
+                assert!(killed.elapsed() < LIMIT, "{launcher:?}: ranks are still there after {LIMIT:?}");
+                std::thread::yield_now();
+            }
         }
     }
 }

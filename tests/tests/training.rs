@@ -55,6 +55,8 @@ impl Lab {
             .args(["--config".into(), self.path("config.yaml")])
             .args(["--run_name".into(), "run".into(), "--output_dir".into(), output.into_os_string()])
             .args(sets)
+            // Without a launcher nobody can know of a rank that dies before the others have met it.
+            .var("HVD_START_TIMEOUT", 6)
             .limit(Duration::from_secs(300))
     }
 

@@ -51,6 +51,7 @@ enum Command {
 fn main() -> Result<()> {
     let command = Args::parse().command;
     let world = hvd_core::init()?;
+    println!("rank {} is process {}", world.rank(), std::process::id());
     match command {
         Command::Conformance { expect_backend, seed, cases } => {
             let backend = world.backend().to_string();
