@@ -92,7 +92,7 @@ mod tests {
         let mut events = Vec::new();
         while !rest.is_empty() {
             let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
-            events.push(protobuf::parse_from_bytes(&rest[12..12 + length]).unwrap());
+            events.push(Event::parse_from_bytes(&rest[12..12 + length]).unwrap());
             rest = &rest[16 + length..];
         }
         events
