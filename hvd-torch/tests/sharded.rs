@@ -33,12 +33,15 @@ fn run(optimizer: &mut dyn Optimizer, steps: std::ops::Range<i64>) {
     }
 }
 
-fn values(tensors: &[(String, Tensor)]) -> Vec<(String, Vec<f32>)> {
+/// Tensors by name, as numbers.
+type Values = Vec<(String, Vec<f32>)>;
+
+fn values(tensors: &[(String, Tensor)]) -> Values {
     tensors.iter().map(|(name, t)| (name.clone(), Vec::try_from(t.detach().reshape([-1])).expect("values"))).collect()
 }
 
 /// Parameters and state of a plain AdamW.
-fn plain(steps: i64) -> (Vec<(String, Vec<f32>)>, Vec<(String, Vec<f32>)>) {
+fn plain(steps: i64) -> (Values, Values) {
     let mut adamw = AdamW::new(groups(), BETAS, 1e-8).expect("AdamW");
     run(&mut adamw, 0..steps);
     (values(&adamw.parameters()), values(&adamw.state().expect("state")))
