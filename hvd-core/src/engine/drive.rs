@@ -39,6 +39,8 @@ struct Shared {
 struct Inbox {
     items: Vec<Item>,
     close: bool,
+    /// Why this rank gives up.
+    abort: Option<Error>,
     /// Why nothing more is accepted.
     ended: Option<Error>,
 }
@@ -156,14 +158,14 @@ impl Engine {
         self.shared.lock_inbox().close = true;
         self.shared.waiter.wake();
         self.join();
-        match self.shared.lock_core().ended() {
-            Some(Error::ShutDown(_)) | None => Ok(()),
-            Some(error) => Err(error),
-        }
+        self.shared.lock_core().failure().map_or(Ok(()), Err)
     }
 
     /// Fails the world and tells the peers why.
     pub(crate) fn abort(&self, error: Error) {
+        // Whoever drives sees this within one step, also where the lock is not to be had for long.
+        self.shared.lock_inbox().abort = Some(error.clone());
+        self.shared.waiter.wake();
         // A thread that panics inside the engine holds the lock and will not give it back.
         let deadline = Instant::now() + Duration::from_secs(2);
         loop {
@@ -271,8 +273,11 @@ impl Shared {
     }
 
     fn step(&self, core: &mut Core) -> bool {
-        let Inbox { items, close, .. } = self.take_inbox();
+        let Inbox { items, close, abort, .. } = self.take_inbox();
         let moved = !items.is_empty();
+        if let Some(error) = abort {
+            core.fail(error);
+        }
         let stepped = catch_unwind(AssertUnwindSafe(|| {
             items.into_iter().for_each(|item| core.accept(item));
             if close {
@@ -292,7 +297,7 @@ impl Shared {
     fn take_inbox(&self) -> Inbox {
         let mut inbox = self.lock_inbox();
         let items = std::mem::take(&mut inbox.items);
-        Inbox { items, close: std::mem::take(&mut inbox.close), ended: None }
+        Inbox { items, close: std::mem::take(&mut inbox.close), abort: inbox.abort.take(), ended: None }
     }
 
     fn fail(&self, core: &mut Core, error: Error) {

@@ -68,11 +68,18 @@ impl Execution {
         let mut execution =
             Execution { items, outputs: Vec::new(), route, first_dims, collective: None, staging: None };
         observers.tell_all(&execution.items, Phase::CopyIn);
-        match signature.kind {
-            SignatureKind::Allreduce { .. } => execution.allreduce(route, backend)?,
-            SignatureKind::Broadcast { root } => execution.broadcast(root as usize, backend)?,
-            SignatureKind::Allgather => execution.allgather(backend)?,
-            SignatureKind::Barrier => execution.outputs.push(Memory::empty()),
+        let started = match signature.kind {
+            SignatureKind::Allreduce { .. } => execution.allreduce(route, backend),
+            SignatureKind::Broadcast { root } => execution.broadcast(root as usize, backend),
+            SignatureKind::Allgather => execution.allgather(backend),
+            SignatureKind::Barrier => {
+                execution.outputs.push(Memory::empty());
+                Ok(())
+            }
+        };
+        if let Err(error) = started {
+            execution.fail(&error);
+            return Err(error);
         }
         observers.tell_all(&execution.items, Phase::Wire);
         Ok(execution)

@@ -164,14 +164,25 @@ impl Core {
         }
     }
 
+    /// What the world was lost to, if it was.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        match &self.state {
+            State::Failed(error) => Some(error.clone()),
+            State::Open | State::Closing | State::Closed => None,
+        }
+    }
+
     /// Whether the engine will never do anything again.
     pub(crate) fn is_over(&self) -> bool {
         matches!(self.state, State::Closed | State::Failed(_))
     }
 
-    /// Whether anything of this rank's is under way.
+    /// Whether anything of this rank's is under way, the goodbye included.
     pub(crate) fn is_busy(&self) -> bool {
-        !self.waiting.is_empty() || !self.ready.is_empty() || !self.running.is_empty()
+        matches!(self.state, State::Closing)
+            || !self.waiting.is_empty()
+            || !self.ready.is_empty()
+            || !self.running.is_empty()
     }
 
     /// Takes a submission in.

@@ -16,8 +16,8 @@ use crate::{Config, Error, Result};
 
 const EXAMPLES: &str = "\
 Examples:
-  generate --checkpoint runs/20260101-120000_demo --prompt 'ROMEO:'
-  generate --checkpoint runs/20260101-120000_demo/best_model --interactive
+  generate --checkpoint runs/20260101_120000_demo --prompt 'ROMEO:'
+  generate --checkpoint runs/20260101_120000_demo/best_model --interactive
   generate --checkpoint model --prompt 'Once' --num-samples 3 --seed 7 --output texts.txt
 
 Exit codes: 0 success; 1 failure; 2 a mistake in flags or settings.";

@@ -40,13 +40,13 @@ impl RunFolder {
         }
     }
 
-    /// The newest run of that name below `paths.checkpoint_dir`, if there is one.
-    pub fn newest(paths: &PathsSection, run_name: &str) -> Option<RunFolder> {
-        let entries = std::fs::read_dir(&paths.checkpoint_dir).ok()?;
-        let names =
-            entries.flatten().filter(|entry| entry.path().is_dir()).filter_map(|e| e.file_name().into_string().ok());
-        let newest = names.filter(|name| name_of_run(name) == Some(run_name)).max()?;
-        Some(RunFolder::at(paths.checkpoint_dir.join(newest), paths))
+    /// The runs of that name below `paths.checkpoint_dir`, the newest first.
+    pub fn all(paths: &PathsSection, run_name: &str) -> Vec<RunFolder> {
+        let entries = std::fs::read_dir(&paths.checkpoint_dir).into_iter().flatten().flatten();
+        let names = entries.filter(|entry| entry.path().is_dir()).filter_map(|e| e.file_name().into_string().ok());
+        let mut names: Vec<_> = names.filter(|name| name_of_run(name) == Some(run_name)).collect();
+        names.sort_by(|a, b| b.cmp(a));
+        names.into_iter().map(|name| RunFolder::at(paths.checkpoint_dir.join(name), paths)).collect()
     }
 
     /// The run that a checkpoint belongs to: the folder above it, if that is a run's.
@@ -100,15 +100,15 @@ mod tests {
     fn the_newest_run_of_a_name_is_found() {
         let folder = tempfile::tempdir().unwrap();
         let paths = PathsSection { checkpoint_dir: folder.path().into(), ..Default::default() };
-        assert_eq!(RunFolder::newest(&paths, "demo"), None);
+        assert_eq!(RunFolder::all(&paths, "demo"), []);
         for name in ["20260101_000000_demo", "20260102_000000_demo", "20260103_000000_my_demo", "zz_demo"] {
             std::fs::create_dir(folder.path().join(name)).unwrap();
         }
-        let newest = RunFolder::newest(&paths, "demo").unwrap();
+        let newest = RunFolder::all(&paths, "demo").remove(0);
         assert_eq!(newest.root, folder.path().join("20260102_000000_demo"));
         let (first, second) = (RunFolder::create(&paths, "demo").unwrap(), RunFolder::create(&paths, "demo").unwrap());
         assert_ne!(first.root, second.root);
-        assert_eq!(RunFolder::newest(&paths, "demo"), Some(second));
+        assert_eq!(RunFolder::all(&paths, "demo")[0], second);
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub(super) struct Journal {
     config: Config,
     tokenizer: PathBuf,
     total: u64,
+    /// The update that this start goes on from; checkpoints of later ones are written anew.
+    resumed_at: u64,
     started: Instant,
     /// Seconds of training before this start.
     earlier: f64,
@@ -46,6 +48,7 @@ impl Journal {
             config: config.clone(),
             tokenizer: tokenizer.to_path_buf(),
             total,
+            resumed_at: state.global_step,
             started: Instant::now(),
             earlier: state.wall_time,
         })
@@ -128,7 +131,8 @@ impl Journal {
 
     fn save(&self, name: &str, state: &CheckpointState, learner: &Learner, moments: &Moments) -> Result<()> {
         let path = self.run.root.join(name);
-        if checkpoint::verify(&path).is_ok_and(|there| there.global_step == state.global_step) {
+        let resumed = state.global_step == self.resumed_at;
+        if resumed && checkpoint::verify(&path).is_ok_and(|there| there.global_step == state.global_step) {
             return Ok(());
         }
         let state = CheckpointState { wall_time: self.wall_time(), scaler: learner.scaler, ..state.clone() };

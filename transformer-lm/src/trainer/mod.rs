@@ -13,13 +13,13 @@ use std::time::Instant;
 
 use tch::Device;
 
-use crate::Result;
 use crate::checkpoint::{self, CheckpointState, FORMAT_VERSION};
-use crate::config::Config;
+use crate::config::{Config, TrainingSection};
 use crate::data::{
     LoaderConfig, PreparedData, TOKENIZER_FILE, TrainLoader, ValLoader, load_preprocessed_data, loaders_of,
 };
 use crate::metrics::{self, RunMetadata};
+use crate::{Error, Result};
 
 use journal::{Journal, Place};
 
@@ -116,6 +116,7 @@ impl<'a> Run<'a> {
 
     /// Rank 0 finds the folder and loads the checkpoint; the others take its state.
     fn take_up(&mut self, resume: Option<&Resume>, run_name: &str, device: Device) -> Result<()> {
+        self.agree()?;
         let threads = self.setup.threads;
         let here = metrics::Device { host: metrics::host(), device: device_name(device), threads };
         let mut moments = Vec::new();
@@ -147,6 +148,29 @@ impl<'a> Run<'a> {
             0 => Ok(()),
             _ => self.learner.load_moments(&moments),
         }
+    }
+
+    /// Refuses ranks that would train differently, or wait for each other at different places: where each host has files
+    /// of its own, they may differ.
+    fn agree(&self) -> Result<()> {
+        let Config { model, training, distributed, seed, .. } = &self.config;
+        let training = TrainingSection { device: TrainingSection::default().device, ..training.clone() };
+        let settings = format!("{model:?} {training:?} {distributed:?} {seed:?}");
+        let data = (self.train.steps_per_epoch(), self.val.total_predictions() as u64);
+        let all =
+            self.setup.world.allgather_object("run.settings", &(settings, data)).map_err(hvd_torch::Error::from)?;
+        let differs = |what: &str, rank: usize| {
+            Error::Config(format!("rank {rank} has another {what} than rank 0\nhint: give all hosts the same files"))
+        };
+        for (rank, (settings, data)) in all.iter().enumerate() {
+            if *settings != all[0].0 {
+                return Err(differs("configuration", rank));
+            }
+            if *data != all[0].1 {
+                return Err(differs("amount of data", rank));
+            }
+        }
+        Ok(())
     }
 
     fn train(mut self) -> Result<Summary> {

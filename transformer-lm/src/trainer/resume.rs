@@ -10,7 +10,7 @@ use crate::{Error, Result};
 /// `--resume`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resume {
-    /// The newest whole checkpoint of the newest run of this name; a new run where there is none.
+    /// The newest whole checkpoint of the newest run of this name that has one; a new run where there is none.
     Auto,
     /// This checkpoint, or the newest whole one of this run's folder.
     Path(PathBuf),
@@ -46,21 +46,30 @@ pub fn find(paths: &PathsSection, resume: Option<&Resume>, run_name: &str) -> Re
 }
 
 fn auto(paths: &PathsSection, run_name: &str) -> Result<Start> {
-    let Some(run) = RunFolder::newest(paths, run_name) else {
-        let folder = paths.checkpoint_dir.display();
-        let notes = vec![format!("resume: there is no run named {run_name} in {folder} yet; starting one")];
-        return Ok(Start { run: RunFolder::create(paths, run_name)?, checkpoint: None, notes });
+    let mut notes = Vec::new();
+    let runs = RunFolder::all(paths, run_name);
+    for run in &runs {
+        checkpoint::clean_leftovers(&run.root)?;
+        let found = checkpoint::find_newest(&run.root)?;
+        notes.extend(found.skipped.iter().map(|reason| format!("resume: skipped {reason}")));
+        if let Some((path, _)) = found.newest {
+            notes.push(format!("resume: going on from {}", path.display()));
+            return Ok(Start { run: run.clone().with_folders()?, checkpoint: Some(path), notes });
+        }
+        notes.push(format!("resume: {} has no whole checkpoint", run.root.display()));
+    }
+    let run = match runs.into_iter().next() {
+        Some(newest) => {
+            notes.push(format!("resume: starting {} from the beginning", newest.root.display()));
+            newest.with_folders()?
+        }
+        None => {
+            let folder = paths.checkpoint_dir.display();
+            notes.push(format!("resume: there is no run named {run_name} in {folder} yet; starting one"));
+            RunFolder::create(paths, run_name)?
+        }
     };
-    let run = run.with_folders()?;
-    checkpoint::clean_leftovers(&run.root)?;
-    let found = checkpoint::find_newest(&run.root)?;
-    let mut notes: Vec<String> = found.skipped.iter().map(|reason| format!("resume: skipped {reason}")).collect();
-    let checkpoint = found.newest.map(|(path, _)| path);
-    notes.push(match &checkpoint {
-        Some(path) => format!("resume: going on from {}", path.display()),
-        None => format!("resume: {} has no whole checkpoint; starting it from the beginning", run.root.display()),
-    });
-    Ok(Start { run, checkpoint, notes })
+    Ok(Start { run, checkpoint: None, notes })
 }
 
 fn from_path(paths: &PathsSection, path: &Path, run_name: &str) -> Result<Start> {
