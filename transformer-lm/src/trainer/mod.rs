@@ -156,7 +156,7 @@ impl<'a> Run<'a> {
         let Config { model, training, distributed, seed, .. } = &self.config;
         let training = TrainingSection { device: TrainingSection::default().device, ..training.clone() };
         let settings = format!("{model:?} {training:?} {distributed:?} {seed:?}");
-        let data = (self.train.steps_per_epoch(), self.val.total_predictions() as u64);
+        let data = (self.train.steps_per_epoch(), self.val.total_predictions());
         let all =
             self.setup.world.allgather_object("run.settings", &(settings, data)).map_err(hvd_torch::Error::from)?;
         let differs = |what: &str, rank: usize| {
