@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hvd_tests::{Finished, Job, Launcher, binary, seed};
+use hvd_tests::{Job, Launcher, binary, seed};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -157,8 +157,8 @@ fn training_under_mpirun_and_without_shared_memory_gives_the_same_losses() {
     assert_close(&lab.train_losses("tcp"), &reference, 1e-4, "tcp");
 }
 
-/// Kills a rank (or all) of a running training somewhere before its end. Gives whether it was still running.
-fn kill_somewhere(job: Job, random: &mut ChaCha8Rng, ranks: usize, longest: Duration) -> Option<Finished> {
+/// Kills a rank of a training at a random moment, and checks the end of the others.
+fn kill_somewhere(job: Job, random: &mut ChaCha8Rng, ranks: usize, longest: Duration) {
     let running = job.start();
     std::thread::sleep(longest.mul_f64(random.random::<f64>()));
     let victim = random.random_range(0..ranks);
@@ -167,9 +167,10 @@ fn kill_somewhere(job: Job, random: &mut ChaCha8Rng, ranks: usize, longest: Dura
     let finished = running.wait();
     let survived = finished.statuses.iter().all(|status| status.success());
     assert!(survived || killed.elapsed() < Duration::from_secs(10), "it took {:?}", killed.elapsed());
+    // The others may end well only if all work was done and the ranks had said goodbye to each other.
     let others_failed = finished.statuses.iter().all(|status| !status.success());
-    assert!(survived || others_failed || finished.statuses[victim].success(), "{:?}", finished.statuses);
-    (!survived).then_some(finished)
+    let was_done = [&finished.stdout, &finished.stderr].iter().any(|text| text.contains("done: "));
+    assert!(others_failed || was_done, "{:?}\n{}", finished.statuses, finished.stderr);
 }
 
 #[test]
