@@ -1,0 +1,97 @@
+//! Time and bandwidth of named operations, as the engine carries them out.
+//!
+//! Measured as other libraries are in `benches/peers`: before each iteration the buffer is filled anew and a barrier passed; an
+//! iteration's time is that of its slowest rank; the median over the iterations counts.
+
+mod args;
+mod case;
+mod check;
+mod report;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use hvd_core::config::{Config, TransportChoice};
+use hvd_core::{DType, Element, ReduceOp, World};
+
+pub use args::{Args, BackendChoice, Bench, BufferKind};
+use case::Case;
+use check::Value;
+use half::{bf16, f16};
+use report::{Report, Row};
+
+/// Measures what `args` ask for and prints it on rank 0. Gives the number of wrong elements on all ranks.
+///
+/// # Errors
+/// Arguments that fit nothing, a world that does not come up, and whatever an operation fails with.
+pub fn run(args: &Args) -> Result<u64> {
+    args.validate()?;
+    let world = World::with_config(config(args)?).context("the ranks did not come together")?;
+    args.expect_backend(world.backend(), world.size())?;
+    let errors = match args.dtype.0 {
+        DType::F16 => sweep::<f16>(&world, args),
+        DType::BF16 => sweep::<bf16>(&world, args),
+        DType::F32 => sweep::<f32>(&world, args),
+        DType::F64 => sweep::<f64>(&world, args),
+        DType::I32 => sweep::<i32>(&world, args),
+        DType::I64 => sweep::<i64>(&world, args),
+        DType::U8 => sweep::<u8>(&world, args),
+        DType::I8 => sweep::<i8>(&world, args),
+        DType::I16 => sweep::<i16>(&world, args),
+        DType::Bool => anyhow::bail!("bool has no arithmetic to measure; take --dtype u8"),
+    }?;
+    world.shutdown()?;
+    Ok(errors)
+}
+
+/// The environment's settings, with the backend that was asked for.
+fn config(args: &Args) -> Result<Config> {
+    let mut config = Config::from_env()?;
+    match args.backend {
+        BackendChoice::Auto => {}
+        BackendChoice::Shm => config.shared_memory = true,
+        BackendChoice::Tcp => (config.shared_memory, config.transport) = (false, TransportChoice::Tcp),
+        BackendChoice::Mpi => (config.shared_memory, config.transport) = (false, TransportChoice::Mpi),
+    }
+    Ok(config)
+}
+
+fn sweep<T: Value + Element>(world: &World, args: &Args) -> Result<u64> {
+    let report = Report::new(world, args)?;
+    let mut errors = 0;
+    for bytes in args.sizes() {
+        let mut case = case::make::<T>(world, args, bytes)?;
+        let (seconds, wrong) = measure(world, args, &mut *case)?;
+        report.row(&Row::new(world, args, &*case, &seconds, args.check.then_some(wrong)))?;
+        errors += wrong;
+    }
+    Ok(errors)
+}
+
+/// Times of the slowest rank, ascending, in seconds; and the wrong elements of all ranks.
+fn measure(world: &World, args: &Args, case: &mut dyn Case) -> Result<(Vec<f64>, u64)> {
+    let (warmup, iterations) = args.repetitions(case.bytes());
+    let mut seconds = Vec::with_capacity(iterations);
+    let mut wrong = 0;
+    for _ in 0..warmup {
+        once(world, case)?;
+    }
+    for _ in 0..iterations {
+        seconds.push(once(world, case)?.as_secs_f64());
+        wrong += if args.check { case.errors() } else { 0 };
+    }
+    let mut wrong = [wrong as i64];
+    world.allreduce("hvd-perf.slowest", &mut seconds, ReduceOp::Max)?;
+    world.allreduce("hvd-perf.wrong", &mut wrong, ReduceOp::Sum)?;
+    ensure!(seconds.iter().all(|time| time.is_finite()), "a time came back as no number");
+    seconds.sort_by(f64::total_cmp);
+    Ok((seconds, wrong[0] as u64))
+}
+
+fn once(world: &World, case: &mut dyn Case) -> Result<Duration> {
+    case.refill();
+    world.barrier()?;
+    let start = Instant::now();
+    case.run()?;
+    Ok(start.elapsed())
+}
