@@ -29,6 +29,10 @@ pub enum Error {
         cause: String,
     },
 
+    /// Tensors have waited for too long for ranks that have not submitted them. The world is lost.
+    #[error("{0}; HVD_STALL_SHUTDOWN_TIME_SECONDS says how long they may wait")]
+    Stalled(String),
+
     /// The world was shut down before or while the operation ran.
     #[error("the world has been shut down: {0}")]
     ShutDown(String),

@@ -8,6 +8,7 @@
 pub mod config;
 pub mod dtype;
 pub mod error;
+pub mod logging;
 pub mod memory;
 pub mod topology;
 
@@ -23,6 +24,9 @@ pub mod engine;
 
 pub mod world;
 
+pub mod capability;
+
+pub use capability::{Capability, capabilities};
 pub use dtype::{DType, Element};
 pub use engine::Handle;
 pub use engine::observe::{Observer, Phase};

@@ -218,13 +218,17 @@ impl Shared {
             core.awake();
             self.drive(&mut core, || self.drivers.any());
             self.background_drives.store(false, Ordering::SeqCst);
+            let pause = core.inspect().unwrap_or_else(|error| {
+                self.fail(&mut core, error);
+                None
+            });
             if core.is_over() {
                 return;
             }
             let may_sleep = core.prepare_sleep();
             drop(core);
             if may_sleep {
-                self.waiter.wait(None);
+                self.waiter.wait(pause);
             }
         }
     }

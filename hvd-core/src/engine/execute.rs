@@ -23,6 +23,7 @@ pub struct Execution {
     items: Vec<Item>,
     outputs: Vec<Memory>,
     route: Route,
+    segment_bytes: usize,
     first_dims: Vec<usize>,
     /// `None` where there is nothing to move.
     collective: Option<Box<dyn Collective>>,
@@ -64,9 +65,9 @@ impl Treatment {
 impl Execution {
     /// Copies in what has to be, and prepares the collective. `first_dims`: of an allgather.
     pub fn start(batch: Batch, first_dims: Vec<usize>, backend: &mut Backend, observers: &Observers) -> Result<Self> {
-        let Batch { signature, route, items, .. } = batch;
+        let Batch { signature, route, segment_bytes, items, .. } = batch;
         let mut execution =
-            Execution { items, outputs: Vec::new(), route, first_dims, collective: None, staging: None };
+            Execution { items, outputs: Vec::new(), route, segment_bytes, first_dims, collective: None, staging: None };
         observers.tell_all(&execution.items, Phase::CopyIn);
         let started = match signature.kind {
             SignatureKind::Allreduce { .. } => execution.allreduce(route, backend),
@@ -83,6 +84,12 @@ impl Execution {
         }
         observers.tell_all(&execution.items, Phase::Wire);
         Ok(execution)
+    }
+
+    /// Names and bytes of the tensors.
+    pub fn tensors(&self) -> Vec<(String, usize)> {
+        let tensor = |item: &Item| (item.submission.name.clone(), item.submission.input.len());
+        self.items.iter().map(tensor).collect()
     }
 
     /// How this batch moves. What moves through shared memory must keep its order.
@@ -155,9 +162,7 @@ impl Execution {
         let (rank, size, tag) = (backend.rank, backend.size, backend.next_tag());
         self.staging = Some(staging);
         self.collective = Some(match route {
-            Route::Ring => {
-                Box::new(RingAllreduce::new(rank, size, buffer, chunks, reduction, tag, backend.segment_bytes))
-            }
+            Route::Ring => Box::new(RingAllreduce::new(rank, size, buffer, chunks, reduction, tag, self.segment_bytes)),
             _ => Box::new(DoublingAllreduce::new(rank, size, buffer, reduction, tag)),
         });
     }
@@ -181,7 +186,7 @@ impl Execution {
         let (rank, size, tag) = (backend.rank, backend.size, backend.next_tag());
         self.collective = Some(match &backend.shared {
             Some(group) => Box::new(ShmBroadcast::new(group.clone(), output, root)?),
-            None => Box::new(Broadcast::new(rank, size, root, output, tag, backend.segment_bytes)),
+            None => Box::new(Broadcast::new(rank, size, root, output, tag, self.segment_bytes)),
         });
         Ok(())
     }
@@ -202,7 +207,7 @@ impl Execution {
                 let ranges = consecutive(&sizes);
                 copy_bytes(&submission.input, &output.slice(ranges[backend.rank].clone()));
                 let (rank, size, tag) = (backend.rank, backend.size, backend.next_tag());
-                Box::new(Allgather::new(rank, size, output, ranges, tag, backend.segment_bytes))
+                Box::new(Allgather::new(rank, size, output, ranges, tag, self.segment_bytes))
             }
         });
         Ok(())

@@ -23,6 +23,8 @@ pub struct Batch {
     pub signature: Signature,
     /// How they travel.
     pub route: Route,
+    /// Large messages are cut into pieces of this size: the setting at the time of the plan, the same on all ranks.
+    pub segment_bytes: usize,
     /// The tensors, in agreed order.
     pub items: Vec<Item>,
     bytes: usize,
@@ -38,7 +40,7 @@ impl Batch {
 
 /// Sorts what is ready into batches of up to `threshold_bytes`, looking past tensors that do not fit together. The order of
 /// batches is that of their first tensors.
-pub fn plan(ready: Vec<(Signature, Route, Item)>, threshold_bytes: usize) -> Vec<Batch> {
+pub fn plan(ready: Vec<(Signature, Route, Item)>, threshold_bytes: usize, segment_bytes: usize) -> Vec<Batch> {
     let mut batches: Vec<Batch> = Vec::new();
     for (signature, route, item) in ready {
         let bytes = item.submission.input.len();
@@ -47,7 +49,7 @@ pub fn plan(ready: Vec<(Signature, Route, Item)>, threshold_bytes: usize) -> Vec
                 batch.bytes += bytes;
                 batch.items.push(item);
             }
-            None => batches.push(Batch { signature, route, items: vec![item], bytes }),
+            None => batches.push(Batch { signature, route, segment_bytes, items: vec![item], bytes }),
         }
     }
     batches

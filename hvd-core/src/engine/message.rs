@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::submission::{OpKind, Submission};
+use super::tuner::Tuned;
 use crate::dtype::DType;
 use crate::reduce::ReduceOp;
 use crate::wire::Compression;
@@ -29,6 +30,11 @@ impl BitSet {
             self.0.resize(word + 1, 0);
         }
         self.0[word] |= 1 << (index % 64);
+    }
+
+    /// Whether a number is in the set.
+    pub fn contains(&self, index: usize) -> bool {
+        self.0.get(index / 64).is_some_and(|word| word >> (index % 64) & 1 == 1)
     }
 
     /// How many there are.
@@ -183,6 +189,8 @@ pub struct RoundMessage {
     pub announced: BTreeMap<String, Announcement>,
     /// Whether every rank heard so far wants to shut down.
     pub closing: bool,
+    /// The settings to change to, from rank 0's tuner.
+    pub tuned: Option<Tuned>,
 }
 
 impl RoundMessage {
@@ -190,6 +198,7 @@ impl RoundMessage {
     pub fn merge(&mut self, other: RoundMessage) {
         self.ready.intersect(&other.ready);
         self.closing &= other.closing;
+        self.tuned = self.tuned.or(other.tuned);
         for (name, announcement) in other.announced {
             match self.announced.entry(name) {
                 std::collections::btree_map::Entry::Occupied(mut known) => known.get_mut().merge(announcement),
@@ -201,6 +210,9 @@ impl RoundMessage {
     /// Reads a peer's message. The text says what is wrong with it.
     pub fn decode(bytes: &[u8], size: usize) -> std::result::Result<Self, String> {
         let message: RoundMessage = postcard::from_bytes(bytes).map_err(|error| error.to_string())?;
+        if message.tuned.is_some_and(|tuned| tuned.segment_bytes == 0) {
+            return Err("the tuner asks for segments of no bytes".into());
+        }
         for (name, announcement) in &message.announced {
             let highest = announcement.variants.iter().filter_map(|(_, ranks)| ranks.highest()).max();
             let gathered = announcement.first_dims.keys().next_back().map(|&rank| rank as usize);

@@ -11,18 +11,24 @@ mod message;
 mod negotiation;
 pub mod observe;
 mod staging;
+mod stall;
 pub mod submission;
+pub mod timeline;
+mod tuner;
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use self::cache::Agreement;
 use self::execute::Execution;
 use self::fusion::{Batch, Route, plan};
 use self::message::{Signature, SignatureKind};
 use self::negotiation::{Negotiation, Verdict};
-use self::observe::{Observer, Phase};
+use self::observe::Phase;
+use self::stall::{Complaint, StallInspector};
 use self::submission::{OpKind, Promise, Submission};
+use self::tuner::{Tuned, Tuner};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -30,6 +36,7 @@ use crate::shm::ShmGroup;
 use crate::transport::{Tag, Transport};
 
 pub use drive::{Engine, Handle};
+pub(crate) use observe::Observers;
 
 /// Operations over the transport that may be under way at once.
 const MAX_RUNNING: usize = 4;
@@ -38,26 +45,6 @@ const MAX_RUNNING: usize = 4;
 pub(crate) struct Item {
     submission: Submission,
     promise: Promise,
-}
-
-/// Who watches this rank's tensors.
-#[derive(Default)]
-pub(crate) struct Observers(RwLock<Option<Arc<dyn Observer>>>);
-
-impl Observers {
-    pub(crate) fn set(&self, observer: Option<Arc<dyn Observer>>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = observer;
-    }
-
-    pub(crate) fn tell(&self, tensor: &str, phase: Phase) {
-        if let Some(observer) = &*self.0.read().unwrap_or_else(PoisonError::into_inner) {
-            observer.event(tensor, phase);
-        }
-    }
-
-    fn tell_all(&self, items: &[Item], phase: Phase) {
-        items.iter().for_each(|item| self.tell(&item.submission.name, phase));
-    }
 }
 
 /// What carries out collectives for one world, and the numbers it needs.
@@ -114,6 +101,9 @@ pub(crate) struct Core {
     backend: Backend,
     fusion_threshold_bytes: usize,
     observers: Arc<Observers>,
+    stall: StallInspector,
+    /// On rank 0, as long as it tunes.
+    tuner: Option<Tuner>,
     /// Submitted on this rank and not yet agreed on, by name.
     waiting: HashMap<String, Item>,
     /// Agreed on; each with the first dimensions of an allgather.
@@ -141,18 +131,24 @@ impl Core {
         shared: Option<Arc<ShmGroup>>,
         config: &Config,
         observers: Arc<Observers>,
-    ) -> Self {
-        Core {
+    ) -> Result<Self> {
+        let tuner = match transport.rank() {
+            0 => Tuner::new(config, shared.is_some())?,
+            _ => None,
+        };
+        Ok(Core {
             negotiation: Negotiation::new(transport.rank(), transport.size(), config.cache_capacity),
             backend: Backend::new(&*transport, shared, config),
             fusion_threshold_bytes: config.fusion_threshold_bytes,
             transport,
             observers,
+            stall: StallInspector::new(&config.stall),
+            tuner,
             waiting: HashMap::new(),
             ready: VecDeque::new(),
             running: Vec::new(),
             state: State::Open,
-        }
+        })
     }
 
     /// Why nothing more can be submitted, if that is so.
@@ -235,6 +231,10 @@ impl Core {
             return Ok(moved);
         }
         while let Some(verdicts) = self.negotiation.poll(&mut *self.transport)? {
+            self.observers.round();
+            if let Some(tuned) = self.negotiation.take_agreed() {
+                self.change_settings(tuned);
+            }
             self.follow(verdicts);
             moved = true;
         }
@@ -255,6 +255,7 @@ impl Core {
             match verdict {
                 Verdict::Refused { name, error } => {
                     if let Some(item) = self.waiting.remove(&name) {
+                        self.observers.tell(&name, Phase::Failed);
                         item.complete(Err(error));
                     }
                 }
@@ -266,15 +267,37 @@ impl Core {
                         SignatureKind::Allreduce { .. } => fusible.push((signature, route, item)),
                         _ => {
                             let first_dims = first_dims.into_iter().map(|dim| dim as usize).collect();
-                            let alone = plan(vec![(signature, route, item)], 0);
+                            let alone = plan(vec![(signature, route, item)], 0, self.backend.segment_bytes);
                             self.ready.extend(alone.into_iter().map(|batch| (batch, Vec::clone(&first_dims))));
                         }
                     }
                 }
             }
         }
-        let batches = plan(fusible, self.fusion_threshold_bytes);
+        let batches = plan(fusible, self.fusion_threshold_bytes, self.backend.segment_bytes);
         self.ready.extend(batches.into_iter().map(|batch| (batch, Vec::new())));
+    }
+
+    /// What is planned from now on follows other settings, on all ranks.
+    fn change_settings(&mut self, tuned: Tuned) {
+        let Tuned { fusion_threshold_bytes, segment_bytes, doubling_limit_bytes } = tuned;
+        self.fusion_threshold_bytes = fusion_threshold_bytes as usize;
+        self.backend.segment_bytes = segment_bytes as usize;
+        self.backend.doubling_limit_bytes = doubling_limit_bytes as usize;
+        if let Some(tuner) = &mut self.tuner {
+            tuner.applied(Instant::now());
+        }
+    }
+
+    /// Tells the tuner what is about to be completed, and all ranks what the tuner asks for.
+    fn tune(&mut self, tensors: &[(String, usize)]) {
+        let Some(tuner) = &mut self.tuner else { return };
+        let now = Instant::now();
+        let change = tensors.iter().find_map(|(name, bytes)| tuner.reduced(name, *bytes, now));
+        if let Some((tuned, goes_on)) = change {
+            self.negotiation.propose(tuned);
+            self.tuner = self.tuner.take().filter(|_| goes_on);
+        }
     }
 
     /// Starts what is ready and polls what is running. Several operations may be under way over the transport; those in
@@ -295,7 +318,11 @@ impl Core {
                 at += 1;
                 continue;
             }
-            let buffer = self.running.remove(at).finish(&self.observers);
+            let done = self.running.remove(at);
+            if self.tuner.is_some() {
+                self.tune(&done.tensors());
+            }
+            let buffer = done.finish(&self.observers);
             self.backend.spare = buffer.or(self.backend.spare.take());
             moved = true;
         }
@@ -317,6 +344,27 @@ impl Core {
         let ready = self.ready.drain(..).flat_map(|(batch, _)| batch.items);
         let waiting = self.waiting.drain().map(|(_, item)| item);
         ready.chain(waiting).for_each(|item| item.complete(Err(error.clone())));
+    }
+
+    /// Looks, from time to time, for tensors that wait in vain, and says so. Gives how long the engine may sleep if nothing
+    /// happens; `None` for as long as it likes.
+    ///
+    /// # Errors
+    /// [`Error::Stalled`], which is to end the world.
+    pub(crate) fn inspect(&mut self) -> Result<Option<Duration>> {
+        if !self.negotiation.is_waiting() {
+            return Ok(None);
+        }
+        let now = Instant::now();
+        if let Some(age) = self.stall.look(now) {
+            let overdue = self.negotiation.overdue(now, age);
+            match self.stall.judge(now, overdue) {
+                Complaint::None => {}
+                Complaint::Warning(text) => tracing::warn!("{text}"),
+                Complaint::Failure(text) => return Err(Error::Stalled(text)),
+            }
+        }
+        Ok(if self.negotiation.has_news() { Some(Duration::ZERO) } else { self.stall.pause(now) })
     }
 
     /// Announces to the ranks that share memory with this one that it will sleep. `false` if it must not yet.

@@ -4,10 +4,13 @@
 //! conclusions: it keeps the same table of what was announced and the same cache of what was agreed on before.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
 
 use super::cache::{Agreement, ResponseCache};
 use super::exchange::Exchange;
 use super::message::{Announcement, BitSet, RoundMessage, Signature, SignatureKind};
+use super::stall::Overdue;
+use super::tuner::Tuned;
 use crate::error::{Error, Result};
 use crate::transport::Transport;
 
@@ -30,6 +33,10 @@ struct Waiting {
     signature: Signature,
     first_dim: Option<u64>,
     sequence: u64,
+    /// When the stall inspector first saw it.
+    seen: Option<Instant>,
+    /// The round after which it is known of every rank whether it has this tensor: not while it is but a bit.
+    counted: Option<u64>,
 }
 
 /// The negotiation of one world, seen from one rank.
@@ -47,10 +54,16 @@ pub struct Negotiation {
     /// What rounds have told and is not ready. The same on all ranks.
     table: BTreeMap<String, Announcement>,
     next_sequence: u64,
+    /// Rounds that have ended.
+    rounds: u64,
     /// Whether this rank has something new to say.
     news: bool,
     closing: bool,
     all_closing: bool,
+    /// The settings that this rank's tuner asks for.
+    proposed: Option<Tuned>,
+    /// Those that the ranks have agreed on in the last round.
+    agreed: Option<Tuned>,
 }
 
 impl Negotiation {
@@ -66,9 +79,12 @@ impl Negotiation {
             unannounced: Vec::new(),
             table: BTreeMap::new(),
             next_sequence: 0,
+            rounds: 0,
             news: false,
             closing: false,
             all_closing: false,
+            proposed: None,
+            agreed: None,
         }
     }
 
@@ -79,7 +95,7 @@ impl Negotiation {
             Some(slot) => drop(self.cached.insert(slot, name.to_string())),
             None => self.unannounced.push(name.to_string()),
         }
-        let waiting = Waiting { signature, first_dim, sequence: self.next_sequence };
+        let waiting = Waiting { signature, first_dim, sequence: self.next_sequence, seen: None, counted: None };
         self.waiting.insert(name.to_string(), waiting);
         self.news = true;
     }
@@ -105,10 +121,60 @@ impl Negotiation {
         if self.exchange.is_due(transport, self.news)? {
             let own = self.contribution();
             self.unannounced.clear();
+            self.proposed = None;
             self.news = false;
             self.exchange.begin(transport, own)?;
         }
         Ok(self.exchange.advance(transport)?.map(|heard| self.conclude(heard)))
+    }
+
+    /// Asks all ranks to change their settings.
+    pub fn propose(&mut self, tuned: Tuned) {
+        self.proposed = Some(tuned);
+        self.news = true;
+    }
+
+    /// The settings to change to before what was concluded in the last round is carried out.
+    pub fn take_agreed(&mut self) -> Option<Tuned> {
+        self.agreed.take()
+    }
+
+    /// Whether anything of this rank's waits to be agreed on.
+    pub fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Whether this rank wants a round.
+    pub fn has_news(&self) -> bool {
+        self.news
+    }
+
+    /// What of this rank's has waited for `age`, and who lacks it. A tensor that is in the cache is announced in full first:
+    /// that one is missing says nothing of which rank lacks it. It is told of once all have announced theirs.
+    pub fn overdue(&mut self, now: Instant, age: Duration) -> Vec<Overdue> {
+        let mut overdue = Vec::new();
+        for (name, waiting) in &mut self.waiting {
+            let waited = now.duration_since(*waiting.seen.get_or_insert(now));
+            let Some(announcement) = self.table.get(name).filter(|_| waited >= age) else { continue };
+            if waiting.counted.is_none_or(|round| self.rounds >= round) {
+                let ranks = announcement.ranks();
+                let missing = (0..self.size).filter(|&rank| !ranks.contains(rank)).collect();
+                let speaks = ranks.iter().next() == Some(self.rank);
+                overdue.push(Overdue { name: name.clone(), waited, missing, speaks });
+            }
+        }
+        self.cached.retain(|_, name| {
+            let Some(waiting) = self.waiting.get_mut(name) else { return true };
+            let waits = waiting.seen.is_none_or(|seen| now.duration_since(seen) < age);
+            if !waits {
+                // The round of the announcement, the others' answer, and the one that may be under way.
+                waiting.counted = Some(self.rounds + 2 + u64::from(self.exchange.is_active()));
+                self.unannounced.push(std::mem::take(name));
+                self.news = true;
+            }
+            waits
+        });
+        overdue
     }
 
     fn contribution(&self) -> RoundMessage {
@@ -119,13 +185,16 @@ impl Negotiation {
             let signature = waiting.signature.clone();
             Some((name.clone(), Announcement::new(self.rank, waiting.sequence, signature, waiting.first_dim)))
         };
-        RoundMessage { ready, announced: self.unannounced.iter().filter_map(announce).collect(), closing: self.closing }
+        let announced = self.unannounced.iter().filter_map(announce).collect();
+        RoundMessage { ready, announced, closing: self.closing, tuned: self.proposed }
     }
 
     /// Draws the conclusions of a round. Everything that changes the cache or the table depends on `heard` alone.
     fn conclude(&mut self, heard: RoundMessage) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
+        self.rounds += 1;
         self.all_closing = heard.closing;
+        self.agreed = heard.tuned;
         for slot in heard.ready.iter() {
             if let Some(agreement) = self.cache.get(slot).cloned() {
                 self.cache.touch(slot);
@@ -145,6 +214,9 @@ impl Negotiation {
             }
             if known.ranks().count() == self.size {
                 complete.push((known.order, name));
+            } else {
+                // Who had it as a bit announces it in the next round: so there must be one.
+                self.news |= evicted.is_some();
             }
         }
         complete.sort();

@@ -1,13 +1,14 @@
 //! From environment variables to a world.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rustix::process::Signal;
 
 use super::{Backend, Inner, World};
-use crate::config::{Config, TransportChoice};
+use crate::config::{Config, TransportChoice, environment, remarks};
+use crate::engine::timeline::path_on_host;
 use crate::engine::{Core, Engine, Observers};
 use crate::error::{Error, Result};
 use crate::shm::ShmGroup;
@@ -24,9 +25,16 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 pub(super) fn world(config: Config) -> Result<World> {
     let launch = Launch::from_env()?;
     let topology = launch.topology.clone();
+    if topology.rank == 0 {
+        remarks(&environment()).iter().for_each(|remark| tracing::warn!("{remark}"));
+    }
     die_with_launcher(launch.launcher)?;
+    if let (Some(path), 0) = (&config.timeline, topology.local_rank) {
+        // What an earlier run left. The ranks of this host append only after all have met.
+        drop(std::fs::remove_file(path_on_host(path, &topology)));
+    }
     if topology.size == 1 {
-        return Ok(wrap(topology, Backend::Solo, Arc::default(), None));
+        return observed(wrap(topology, Backend::Solo, Arc::default(), None), &config);
     }
     let generation = GENERATION.fetch_add(1, Ordering::Relaxed);
     let identity = Identity { rank: topology.rank, size: topology.size, generation };
@@ -37,6 +45,14 @@ pub(super) fn world(config: Config) -> Result<World> {
     };
     let world = start(transport, shared, topology, &config)?;
     agree_on_settings(&world, &config)?;
+    observed(world, &config)
+}
+
+/// A world with the timeline that its settings ask for.
+fn observed(world: World, config: &Config) -> Result<World> {
+    if let Some(path) = &config.timeline {
+        world.start_timeline(path, config.timeline_mark_rounds)?;
+    }
     Ok(world)
 }
 
@@ -78,9 +94,9 @@ pub(super) fn thread_rank(transport: ThreadTransport, config: &Config) -> Result
     let (rank, size) = (transport.rank(), transport.size());
     let topology = Topology { rank, size, local_rank: rank, local_size: size, cross_rank: 0, cross_size: 1 };
     if size == 1 {
-        return Ok(wrap(topology, Backend::Solo, Arc::default(), None));
+        return observed(wrap(topology, Backend::Solo, Arc::default(), None), config);
     }
-    start(Box::new(transport), None, topology, config)
+    observed(start(Box::new(transport), None, topology, config)?, config)
 }
 
 fn start(
@@ -96,14 +112,21 @@ fn start(
         (None, _) => Backend::Tcp,
     };
     let (waiter, observers) = (transport.waiter(), Arc::<Observers>::default());
-    let core = Core::new(transport, shared, config, observers.clone());
+    let core = Core::new(transport, shared, config, observers.clone())?;
     let engine = Engine::start(core, waiter, config.spin)?;
     tracing::debug!(rank = topology.rank, size = topology.size, %backend, "joined the world");
     Ok(wrap(topology, backend, observers, Some(engine)))
 }
 
 fn wrap(topology: Topology, backend: Backend, observers: Arc<Observers>, engine: Option<Engine>) -> World {
-    World(Arc::new(Inner { topology, backend, observers, engine, unnamed: Default::default() }))
+    World(Arc::new(Inner {
+        topology,
+        backend,
+        observers,
+        timeline: Mutex::default(),
+        engine,
+        unnamed: Default::default(),
+    }))
 }
 
 /// The transport that the settings ask for, or else the first that can introduce the ranks to each other.

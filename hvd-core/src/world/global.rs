@@ -5,6 +5,7 @@ use std::sync::{Mutex, Once, PoisonError};
 use super::World;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::logging;
 
 static WORLD: Mutex<Option<World>> = Mutex::new(None);
 
@@ -12,6 +13,8 @@ static WORLD: Mutex<Option<World>> = Mutex::new(None);
 const PANIC_EXIT_CODE: i32 = 101;
 
 /// Meets the other ranks (see [`World::from_env`]) and makes that world the process's. A second call gives the same world.
+///
+/// Where the program has no `tracing` subscriber, the runtime logs to stderr (`HVD_LOG_LEVEL`).
 ///
 /// From then on a panic on any thread tells the other ranks its message and ends the process with code 101, so that no rank
 /// waits for one that is half dead.
@@ -31,7 +34,9 @@ pub fn init_with(config: impl FnOnce() -> Result<Config>) -> Result<World> {
     if let Some(world) = &*slot {
         return Ok(world.clone());
     }
-    let world = World::with_config(config()?)?;
+    let config = config()?;
+    logging::to_stderr(&config);
+    let world = World::with_config(config)?;
     *slot = Some(world.clone());
     install_panic_hook();
     Ok(world)

@@ -5,12 +5,14 @@ mod global;
 mod objects;
 mod solo;
 
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::Config;
 use crate::dtype::{DType, Element};
-use crate::engine::observe::Observer;
+use crate::engine::observe::{Observer, Seat};
 use crate::engine::submission::{Allreduce, OpKind, Output, Submission};
+use crate::engine::timeline::Timeline;
 use crate::engine::{Engine, Handle, Observers};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -74,6 +76,7 @@ struct Inner {
     topology: Topology,
     backend: Backend,
     observers: Arc<Observers>,
+    timeline: Mutex<Option<Arc<Timeline>>>,
     /// `None` for a world of one.
     engine: Option<Engine>,
     /// Numbers the operations to which the user gives no name.
@@ -114,6 +117,9 @@ impl World {
             Ok(world) => rank(world),
             Err(error) => panic!("a rank on a thread did not start: {error}"),
         };
+        if let Some(path) = &config.timeline {
+            drop(std::fs::remove_file(path));
+        }
         std::thread::scope(|scope| {
             let ranks = ThreadTransport::world(size).into_iter();
             let threads: Vec<_> = ranks.map(|transport| scope.spawn(|| run(transport))).collect();
@@ -164,7 +170,30 @@ impl World {
 
     /// Has `observer` told of every station of this rank's tensors from now on; `None` ends that.
     pub fn set_observer(&self, observer: Option<Arc<dyn Observer>>) {
-        self.0.observers.set(observer);
+        self.0.observers.set(Seat::User, observer);
+    }
+
+    /// Starts to write what happens to this rank's tensors to a file that Perfetto opens; see [`crate::engine::timeline`].
+    /// The ranks of a host write to one file, each from its own call on; what is in the file stays. `mark_rounds` shows the
+    /// rounds of negotiation too. A timeline that is being written ends.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be written.
+    pub fn start_timeline(&self, path: impl AsRef<Path>, mark_rounds: bool) -> Result<()> {
+        self.stop_timeline();
+        let backend = self.backend().to_string();
+        let timeline = Arc::new(Timeline::start(path.as_ref(), mark_rounds, self.topology(), &backend)?);
+        *self.0.timeline.lock().unwrap_or_else(PoisonError::into_inner) = Some(timeline.clone());
+        self.0.observers.set(Seat::Timeline, Some(timeline));
+        Ok(())
+    }
+
+    /// Ends the timeline; the part of the file that is this rank's is complete afterwards. Does nothing where there is none.
+    pub fn stop_timeline(&self) {
+        self.0.observers.set(Seat::Timeline, None);
+        if let Some(timeline) = self.0.timeline.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            timeline.stop();
+        }
     }
 
     /// Submits an operation; the engine carries it out in the background.
@@ -258,12 +287,14 @@ impl World {
     /// # Errors
     /// What the world was lost to, if it was.
     pub fn shutdown(&self) -> Result<()> {
-        self.0.engine.as_ref().map_or(Ok(()), Engine::shutdown)
+        let ended = self.0.engine.as_ref().map_or(Ok(()), Engine::shutdown);
+        self.stop_timeline();
+        ended
     }
 
     fn hand_in(&self, submission: Submission, flush: bool) -> Result<Handle> {
         submission.validate(self.size())?;
-        self.0.observers.tell(&submission.name, crate::engine::observe::Phase::Submitted);
+        self.0.observers.submitted(&submission);
         match &self.0.engine {
             Some(engine) => engine.submit(submission, flush),
             None => Ok(Handle::done(Ok(solo::carry_out(submission, &self.0.observers)))),

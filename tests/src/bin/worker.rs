@@ -1,6 +1,9 @@
 //! One rank of the jobs that the tests start. Every command checks what it gets and ends with a code other than 0 when
 //! something is wrong.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use half::{bf16, f16};
@@ -44,6 +47,13 @@ enum Command {
         #[arg(long)]
         rank: usize,
     },
+    /// One rank does not submit what the others do until a file is there; without a file it only wants to shut down.
+    Stall {
+        #[arg(long)]
+        rank: usize,
+        #[arg(long)]
+        until: Option<PathBuf>,
+    },
     /// Prints this rank's place.
     Topology,
 }
@@ -71,10 +81,26 @@ fn main() -> Result<()> {
             }
             steps(&world, usize::MAX, 1000)?;
         }
+        Command::Stall { rank, until } => stall(&world, rank, until)?,
         Command::Topology => println!("{:?}", world.topology()),
     }
     hvd_core::shutdown()?;
     println!("rank {} is done", world.rank());
+    Ok(())
+}
+
+fn stall(world: &World, rank: usize, until: Option<PathBuf>) -> Result<()> {
+    steps(world, 3, 10)?;
+    if world.rank() == rank {
+        let Some(file) = until else { return Ok(world.shutdown()?) };
+        while !file.exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    // One that is known from the steps before, and a new one.
+    for handle in ["steps", "fresh"].map(|name| world.allreduce_async(name, vec![1.0f32; 10], ReduceOp::Sum)) {
+        ensure!(handle?.wait()? == vec![world.size() as f32; 10], "a wrong sum");
+    }
     Ok(())
 }
 

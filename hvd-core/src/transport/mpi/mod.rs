@@ -387,6 +387,15 @@ impl Drop for MpiTransport {
     }
 }
 
+/// Name, version and plugin of the MPI that would be used. Loads it, but does not start it.
+///
+/// # Errors
+/// [`Error::Config`] if the plugin or its MPI is not to be found.
+pub fn library() -> Result<String> {
+    let plugin = Plugin::get()?;
+    Ok(format!("{} ({})", plugin.library_version().trim_end(), plugin.path().display()))
+}
+
 /// Refuses a world that is not the launcher's.
 fn check_world(plugin: &Plugin, identity: Identity) -> Result<()> {
     let Identity { rank, size, .. } = identity;

@@ -1,0 +1,61 @@
+//! What this build can do on this machine.
+
+use crate::transport::mpi;
+
+/// One thing that a build may or may not be able to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// Its name, as `hvdrun --check-build` prints it.
+    pub name: &'static str,
+    /// Whether it is there.
+    pub available: bool,
+    /// What was found, or why it is not there.
+    pub detail: String,
+}
+
+/// Every capability, whether it is there or not.
+pub fn capabilities() -> Vec<Capability> {
+    let (mpi_available, mpi_detail) = match mpi::library() {
+        Ok(version) => (true, version),
+        Err(error) => (false, error.to_string()),
+    };
+    let there = |name, available, detail: &str| Capability { name, available, detail: detail.into() };
+    vec![
+        there("shm", shm_built(), "memory that the ranks of one host share (memfd)"),
+        there("tcp", tcp_built(), "built in"),
+        Capability { name: "mpi", available: mpi_available, detail: mpi_detail },
+        there("cuda", cuda_built(), "tensors on GPUs are staged on the CPU"),
+        there("nccl", nccl_built(), "not used"),
+        there("gloo", gloo_built(), "not used: tcp takes its place"),
+    ]
+}
+
+/// Whether ranks of one host can share memory.
+pub fn shm_built() -> bool {
+    rustix::fs::memfd_create("hvd-probe", rustix::fs::MemfdFlags::CLOEXEC).is_ok()
+}
+
+/// Whether ranks can talk over TCP: always.
+pub fn tcp_built() -> bool {
+    true
+}
+
+/// Whether the MPI plugin and its MPI are there. Loads them, but does not start MPI.
+pub fn mpi_built() -> bool {
+    mpi::library().is_ok()
+}
+
+/// Whether buffers on GPUs are reduced there.
+pub fn cuda_built() -> bool {
+    false
+}
+
+/// Whether NCCL is used.
+pub fn nccl_built() -> bool {
+    false
+}
+
+/// Whether Gloo is used.
+pub fn gloo_built() -> bool {
+    false
+}
