@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Allreduce between hosts: makes several hosts out of this machine (network namespaces, each link limited by tc), and measures there
+# what bare TCP streams reach on all links at once, hvd-perf with and without fp16 compression, and torch's gloo where it is found.
+# Ours and the others alternate; medians over the rounds are printed as bus bandwidth in Mbit/s.
+#
+# usage: scripts/bench_hosts.sh [--hosts "2 4 8"] [--rate 1gbit] [--rounds 3] [--sizes "1M 16M 64M"] [--gloo PYTHON] [--no-gloo]
+#
+#   --gloo PYTHON   a Python that has torch (default: the one that scripts/bench_peers.sh --install made)
+#
+# Needs root (or the right to make network namespaces), iproute2, gcc.
+# Exit codes: 0 measured; 1 something failed; 2 wrong usage; 7 this machine cannot make hosts.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+cd "$ROOT"
+
+HOSTS="2 4 8" RATE=1gbit ROUNDS=3 SIZES="1M 16M 64M" GLOO=$CACHE/peers/gloo/bin/python
+export HVD_HOSTS_PREFIX=hvd-b$((BASHPID % 1000))-
+
+main() {
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --hosts) HOSTS=${2:?} && shift ;;
+            --rate) RATE=${2:?} && shift ;;
+            --rounds) ROUNDS=${2:?} && shift ;;
+            --sizes) SIZES=${2:?} && shift ;;
+            --gloo) GLOO=${2:?} && shift ;;
+            --no-gloo) GLOO='' ;;
+            -h | --help) usage_of "$0" && exit 0 ;;
+            *) die $EXIT_USAGE "unknown argument '$1'" "scripts/bench_hosts.sh --help lists what there is" ;;
+        esac
+        shift
+    done
+    WORK=$(mktemp -d) && trap clean_up EXIT
+    build
+    for hosts in $HOSTS; do
+        step "$hosts hosts, $RATE"
+        benches/peers/hosts.sh up "$hosts" "$RATE" ||
+            die $EXIT_MACHINE "cannot make network namespaces" "run this as root, with iproute2 installed"
+        for round in $(seq 1 "$ROUNDS"); do measure "$hosts" "$round"; done
+        benches/peers/hosts.sh down
+        done_ "measured"
+    done
+    python3 benches/peers/table.py hosts "$WORK/rows"
+}
+
+clean_up() {
+    benches/peers/hosts.sh down
+    rm -rf "$WORK"
+}
+
+build() {
+    find_cargo || die $EXIT_RUST "cargo is missing"
+    [ -n "${HVD_PERF:-}" ] || cargo build --locked --release --package hvd-tools --bin hvd-perf
+    HVD_PERF=${HVD_PERF:-$TARGET/release/hvd-perf}
+    gcc -O2 -o "$WORK/links" benches/peers/links.c -lpthread
+    [ -z "$GLOO" ] || "$GLOO" -c 'import torch' 2>/dev/null || {
+        warn "$GLOO has no torch: measuring without gloo (scripts/bench_peers.sh --install makes one)"
+        GLOO=''
+    }
+}
+
+measure() {
+    local hosts=$1 bytes size
+    bytes=$(($(to_bytes "${SIZES##* }") * 2 * (hosts - 1) / hosts)) # what a link carries in the largest allreduce
+    on_all links "$hosts" "$WORK/links" RANK "$hosts" "$bytes" 10.77.0.%d
+    for size in $SIZES; do
+        on_all hvd "$hosts" "$HVD_PERF" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json
+        [ -z "$GLOO" ] || on_all gloo "$hosts" "$GLOO" benches/peers/allreduce_python.py gloo gloo "$(to_bytes "$size")"
+        on_all hvd-fp16 "$hosts" "$HVD_PERF" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json --compression fp16
+    done
+}
+
+to_bytes() { numfmt --from=iec "$1"; }
+
+# on_all LABEL HOSTS COMMAND…: one rank a host; RANK in the command is the rank's number.
+on_all() {
+    local label=$1 hosts=$2 rank pids=() secret
+    shift 2
+    secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+    for rank in $(seq 0 $((hosts - 1))); do
+        env HVD_RANK="$rank" HVD_SIZE="$hosts" HVD_LOCAL_SIZE=1 HVD_RENDEZVOUS=10.77.0.1:29400 HVD_SECRET="$secret" HVD_BIND=0.0.0.0 \
+            RANK="$rank" WORLD_SIZE="$hosts" MASTER_ADDR=10.77.0.1 MASTER_PORT=29500 GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 \
+            timeout 300 ip netns exec "${HVD_HOSTS_PREFIX}h$((rank + 1))" "${@/#RANK/$rank}" >"$WORK/out.$rank" 2>"$WORK/err.$rank" &
+        pids+=($!)
+    done
+    for rank in "${!pids[@]}"; do
+        wait "${pids[$rank]}" || die 1 "$label failed on host $((rank + 1)) of $hosts" "$(tail -n 5 "$WORK/err.$rank")"
+    done
+    sed "s/^{/{\"label\":\"$label\",/" "$WORK/out.0" >>"$WORK/rows"
+}
+
+main "$@"
