@@ -10,6 +10,7 @@ mod fusion;
 mod message;
 mod negotiation;
 pub mod observe;
+pub mod simulation;
 mod staging;
 mod stall;
 pub mod submission;

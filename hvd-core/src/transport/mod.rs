@@ -3,9 +3,9 @@
 //! A [`Transport`] belongs to one rank of one world and is driven by whoever holds it: nothing moves outside
 //! [`Transport::progress`], so that a caller that waits can drive it itself.
 
-mod matching;
+pub(crate) mod matching;
 pub mod mpi;
-mod requests;
+pub(crate) mod requests;
 pub mod tcp;
 pub mod thread;
 
