@@ -5,6 +5,7 @@
 
 mod elements;
 mod support;
+mod turns;
 
 use std::ops::Range;
 
@@ -15,35 +16,7 @@ use hvd_core::transport::{Tag, Transport};
 use hvd_core::{DType, Memory, ReduceOp};
 use proptest::prelude::*;
 use support::{bytes, close, memory, on_each, watched};
-
-/// Turns in which nobody gets done before a world counts as hung.
-const PATIENCE: usize = 2_000_000;
-
-const TAG: Tag = Tag { channel: 3, sequence: u32::MAX };
-
-type Operation = Box<dyn Collective>;
-
-fn world(size: usize, delays: Option<Delays>) -> Vec<ThreadTransport> {
-    match delays {
-        Some(delays) => ThreadTransport::world_with_delays(size, delays),
-        None => ThreadTransport::world(size),
-    }
-}
-
-/// Runs one operation on every rank, in turns.
-fn run_all(mut world: Vec<ThreadTransport>, mut operations: Vec<Operation>) {
-    let mut pending: Vec<_> = (0..world.len()).collect();
-    for _ in 0..PATIENCE {
-        for transport in &mut world {
-            transport.progress().unwrap();
-        }
-        pending.retain(|&rank| !operations[rank].poll(&mut world[rank]).unwrap());
-        if pending.is_empty() {
-            return;
-        }
-    }
-    panic!("ranks {pending:?} wait for ever");
-}
+use turns::{Operation, PATIENCE, TAG, delays, run_all, uneven, world};
 
 /// An allreduce to try.
 #[derive(Clone, Debug)]
@@ -108,19 +81,6 @@ fn cases(most_elements: usize) -> impl Strategy<Value = Case> {
             Case { size, elements, op, dtype, scale, segment_bytes, seed }
         },
     )
-}
-
-/// Cuts a length at random places: uneven ranges, some of them empty, in order.
-fn uneven(len: usize, parts: usize, seed: u64) -> Vec<Range<usize>> {
-    let mut random = Random(seed);
-    let mut cuts: Vec<_> = (1..parts).map(|_| (random.next() % (len as u64 + 1)) as usize).collect();
-    cuts.extend([0, len]);
-    cuts.sort_unstable();
-    cuts.windows(2).map(|pair| pair[0]..pair[1]).collect()
-}
-
-fn delays(seed: u64) -> Option<Delays> {
-    Some(Delays { seed, max_polls: 7 })
 }
 
 proptest! {

@@ -10,13 +10,25 @@
 //! | [`Allgather`] | n-1 | all parts but its successor's |
 //! | [`DoublingAllreduce`] | ⌈log₂ n⌉, up to 2 more if n is no power of two | ⌊log₂ n⌋ · B, up to B more |
 //! | [`Broadcast`] | ⌈log₂ n⌉ | B per child, at most ⌈log₂ n⌉ of them |
+//! | [`Reducescatter`] | 1, of n-1 messages | (n-1)/n · B |
+//! | [`PairwiseAlltoall`] | n-1, eight at a time | all blocks but its own |
+//! | [`BruckAlltoall`] | ⌈log₂ n⌉ | about ⌈log₂ n⌉/2 · B |
+//! | [`AdasumAllreduce`] | about (log₂ n)²/2 | 2(n-1)/n · B, up to B more if n is no power of two |
 //! | [`Barrier`] | ⌈log₂ n⌉ | 1 per step |
+//! | [`SendTo`], [`ReceiveFrom`] | 2 | 16, then B |
+//!
+//! `docs/ALGORITHMS.md` says when each is chosen.
 //!
 //! Every operation uses one tag, which no other may use while it is under way.
 
+mod adasum;
+mod alltoall;
 mod barrier;
 mod broadcast;
 mod doubling;
+mod pair;
+mod pipe;
+mod reducescatter;
 mod relay;
 mod ring;
 
@@ -26,9 +38,13 @@ use crate::error::Result;
 use crate::transport::{Request, Transport};
 
 pub use crate::reduce::Reduction;
+pub use adasum::AdasumAllreduce;
+pub use alltoall::{BruckAlltoall, PairwiseAlltoall, Splits};
 pub use barrier::Barrier;
 pub use broadcast::Broadcast;
 pub use doubling::DoublingAllreduce;
+pub use pair::{Allocate, Landing, ReceiveFrom, SendTo};
+pub use reducescatter::Reducescatter;
 pub use ring::{Allgather, RingAllreduce, RingReduceScatter, even_chunks};
 
 /// An operation under way on this rank.

@@ -5,6 +5,7 @@
 //! are computed in f32 and rounded once per call; a bool is 0 or 1. A minimum or maximum is NaN if any input is;
 //! every NaN that comes out is the same one.
 
+mod adasum;
 mod kernels;
 
 use std::marker::PhantomData;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::dtype::DType;
 use crate::wire::lane::{Factor, Lane, Number, with_lane};
 use crate::wire::simd::dispatch;
+pub use adasum::{Products, blend};
 use kernels::{Accumulate, Combine, Gather, Greatest, Least, Plus, Times};
 
 /// How the ranks' elements are combined.

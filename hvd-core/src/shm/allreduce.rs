@@ -52,7 +52,8 @@ impl ShmAllreduce {
         prescale: f64,
         postscale: f64,
     ) -> Result<ShmAllreduce> {
-        check(&parts, user, &reduction)?;
+        check_types(user, &reduction)?;
+        check(&parts, user)?;
         let sizes = (user.size(), reduction.dtype.size());
         let elements = parts.iter().map(|part| part.elements);
         let cut = Cut::new(elements, sizes.0, sizes.1, group.size(), group.slot_bytes());
@@ -64,13 +65,18 @@ impl ShmAllreduce {
     }
 }
 
-fn check(parts: &[Part], user: DType, reduction: &Reduction) -> Result<()> {
+/// Refuses an operation that is not defined for a type, or a conversion that there is not.
+pub(super) fn check_types(user: DType, reduction: &Reduction) -> Result<()> {
     let wire = reduction.dtype;
     let wide = matches!(user, DType::F32 | DType::F64);
     let narrow = matches!(wire, DType::F16 | DType::BF16);
     if !reduction.op.supports(wire) || (user != wire && !(wide && narrow)) {
         return Err(Error::Invalid(format!("{:?} of {user} as {wire} is not defined", reduction.op)));
     }
+    Ok(())
+}
+
+fn check(parts: &[Part], user: DType) -> Result<()> {
     for Part { input, output, elements } in parts {
         let bytes = elements.checked_mul(user.size());
         if bytes != Some(input.len()) || bytes != Some(output.len()) {

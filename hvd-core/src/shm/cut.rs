@@ -12,6 +12,11 @@ const MIN_PIECE_BYTES: usize = 32 << 10;
 /// Shares of a piece begin at a multiple of this, so that no two ranks write to one cache line.
 const LINE: usize = 64;
 
+/// Bytes of a piece of a payload of so many bytes.
+pub(super) fn piece_bytes(payload_bytes: usize, slot_bytes: usize) -> usize {
+    payload_bytes.div_ceil(MIN_PIECES).max(MIN_PIECE_BYTES).next_multiple_of(LINE).min(slot_bytes)
+}
+
 /// The stream of elements that the parts form when one follows the other.
 pub(super) struct Cut {
     /// Where each part begins, and where the last ends.
@@ -43,8 +48,7 @@ impl Cut {
             Some(*sum)
         }));
         let mut cut = Cut { starts, user, wire, piece: 0, ranks };
-        let piece_bytes = cut.bytes().div_ceil(MIN_PIECES).max(MIN_PIECE_BYTES).next_multiple_of(LINE);
-        cut.piece = piece_bytes.min(slot_bytes) / wire;
+        cut.piece = piece_bytes(cut.bytes(), slot_bytes) / wire;
         cut
     }
 

@@ -3,7 +3,8 @@
 //! The ranks of a [`ShmGroup`] map one anonymous memory file. Each has a *slot* in it for each of [`PIECES`] pieces in
 //! flight, and a control page with three counters that only it writes. An operation streams its payload through the
 //! slots piece by piece: *stage* (copy in, narrowing), *reduce* (each rank its share of the piece, over all slots in
-//! rank order), *copy* (copy out, widening). The operations beside: [`ShmBroadcast`], [`ShmAllgather`], [`ShmBarrier`].
+//! rank order), *copy* (copy out, widening). The operations beside: [`ShmReducescatter`],
+//! [`ShmAlltoall`], [`ShmBroadcast`], [`ShmAllgather`], [`ShmBarrier`].
 //!
 //! # Order
 //!
@@ -30,18 +31,24 @@
 //! For a payload of `n` bytes on `p` ranks, an allreduce moves per rank: in `n·(p-1)/p` written to the own slot, `n/p`
 //! read from the own buffer and each of the `p - 1` others' slots, `n/p` written to slot and buffer; out `n·(p-1)/p`
 //! read and written; two waits per piece. A payload of up to [`DIRECT_BYTES`] over all ranks' slots together is
-//! staged whole and combined by every rank: one wait. Broadcast and allgather: in `n`, out `n`, one wait.
+//! staged whole and combined by every rank: one wait. Broadcast and allgather: in `n`, out `n`, one wait. Reducescatter:
+//! in `n·(p-1)/p`, out `n/p` read from the own input and from each other slot, `n/p` written, one wait. Alltoall: in and out
+//! what a rank sends to and receives from others, one wait.
 
 mod allreduce;
+mod alltoall;
 mod cut;
 mod form;
 mod group;
 mod movement;
+mod reducescatter;
 mod segment;
 mod stream;
 
 pub use allreduce::{Part, ShmAllreduce};
+pub use alltoall::ShmAlltoall;
 pub use cut::DIRECT_BYTES;
 pub use group::ShmGroup;
 pub use movement::{ShmAllgather, ShmBarrier, ShmBroadcast};
+pub use reducescatter::ShmReducescatter;
 pub use segment::PIECES;
