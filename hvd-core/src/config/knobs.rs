@@ -112,6 +112,7 @@ pub const KNOBS: &[Knob] = &[
     knob!("HVD_SECRET", None, Text, secret),
     knob!("HVD_BIND", None, Address, bind),
     knob!("HVD_START_TIMEOUT", Some("HOROVOD_START_TIMEOUT"), Seconds, start_timeout),
+    knob!("HVD_PEER_TIMEOUT", None, Seconds, peer_timeout),
     knob!("HVD_STALL_CHECK_DISABLE", Some("HOROVOD_STALL_CHECK_DISABLE"), Flag, stall.disabled),
     knob!("HVD_STALL_CHECK_TIME_SECONDS", Some("HOROVOD_STALL_CHECK_TIME_SECONDS"), Seconds, stall.warn_after),
     knob!("HVD_STALL_SHUTDOWN_TIME_SECONDS", Some("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"), Seconds, stall.fail_after),

@@ -137,6 +137,9 @@ pub struct Config {
     pub bind: Option<IpAddr>,
     /// How long the ranks wait for each other at the start. `HVD_START_TIMEOUT`, seconds; default 30.
     pub start_timeout: Duration,
+    /// How long a rank may give no sign of life before the world is lost; a rank that lives gives them also while it
+    /// computes. 0: for ever, for debuggers. `HVD_PEER_TIMEOUT`, seconds; default 30.
+    pub peer_timeout: Duration,
     /// The stall inspector.
     pub stall: Stall,
     /// Where the timeline is written from the start on. `HVD_TIMELINE`.
@@ -186,6 +189,7 @@ impl Default for Config {
             secret: None,
             bind: None,
             start_timeout: Duration::from_secs(30),
+            peer_timeout: Duration::from_secs(30),
             stall: Stall::default(),
             timeline: None,
             timeline_mark_rounds: false,
@@ -296,13 +300,15 @@ mod tests {
             ("HVD_SECRET", "s"),
             ("HVD_BIND", "0.0.0.0"),
             ("HVD_START_TIMEOUT", "1.5"),
+            ("HVD_PEER_TIMEOUT", "2.5"),
             ("HVD_SPIN_US", "0"),
         ])
         .unwrap();
-        assert_eq!(config.autotune.fixed.len(), 7);
+        assert_eq!(config.autotune.fixed.len(), 8);
         assert!(!config.shared_memory);
         assert_eq!(config.transport, TransportChoice::Tcp);
         assert_eq!(config.start_timeout, Duration::from_millis(1500));
+        assert_eq!(config.peer_timeout, Duration::from_millis(2500));
         assert_eq!(config.spin, Duration::ZERO);
         assert_eq!(config.bind, Some(IpAddr::from([0, 0, 0, 0])));
     }
@@ -339,6 +345,7 @@ mod tests {
             ("HVD_TRANSPORT", "pigeon"),
             ("HVD_BIND", "here"),
             ("HVD_START_TIMEOUT", "-3"),
+            ("HVD_PEER_TIMEOUT", "soon"),
             ("HVD_SEGMENT_BYTES", "0"),
             ("HVD_THREAD_AFFINITY", "0,x"),
             ("HVD_STALL_CHECK_TIME_SECONDS", "-1"),

@@ -131,7 +131,8 @@ fn wrap(topology: Topology, backend: Backend, observers: Arc<Observers>, engine:
 
 /// The transport that the settings ask for, or else the first that can introduce the ranks to each other.
 fn transport(config: &Config, launch: &Launch, identity: Identity) -> Result<Box<dyn Transport>> {
-    let options = TcpOptions { bind: config.bind, start_timeout: config.start_timeout, ..TcpOptions::default() };
+    let Config { bind, start_timeout, peer_timeout, .. } = *config;
+    let options = TcpOptions { bind, start_timeout, peer_timeout, ..TcpOptions::default() };
     let meeting = meeting(config, launch)?;
     let mpi_launched = matches!(launch.launcher, Launcher::OpenMpi | Launcher::Hydra);
     match (config.transport, meeting) {

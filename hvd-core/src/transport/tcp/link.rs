@@ -14,11 +14,8 @@ use crate::error::{Error, Result};
 /// Most bytes to read or write on one connection before the others have their turn.
 const BUDGET_BYTES: usize = 8 << 20;
 
-/// A silent connection is asked for a sign of life after this time, and given up after three more unanswered.
-const KEEPALIVE: Duration = Duration::from_secs(10);
-
-/// How long the kernel repeats unacknowledged bytes before the connection is lost.
-const USER_TIMEOUT: Duration = Duration::from_secs(40);
+/// The shortest time that the kernel takes for its own signs of life.
+const MIN_KEEPALIVE: Duration = Duration::from_secs(1);
 
 /// The connection to one peer.
 pub(super) struct Link {
@@ -118,14 +115,23 @@ impl Link {
 fn configure(stream: &TcpStream, options: &TcpOptions) -> std::io::Result<()> {
     stream.set_nonblocking(true)?;
     stream.set_nodelay(true)?;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, KEEPALIVE)?;
-    sockopt::set_tcp_keepintvl(stream, KEEPALIVE)?;
-    sockopt::set_tcp_keepcnt(stream, 3)?;
-    sockopt::set_tcp_user_timeout(stream, USER_TIMEOUT.as_millis() as u32)?;
+    if !options.peer_timeout.is_zero() {
+        watch_the_way(stream, options.peer_timeout)?;
+    }
     if let Some(bytes) = options.socket_buffer_bytes {
         sockopt::set_socket_send_buffer_size(stream, bytes)?;
         sockopt::set_socket_recv_buffer_size(stream, bytes)?;
     }
+    Ok(())
+}
+
+/// Has the kernel give the connection up when the peer's kernel is silent: heartbeats go to neighbours only, and the way
+/// to another host may be cut while theirs is not.
+fn watch_the_way(stream: &TcpStream, timeout: Duration) -> std::io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, (timeout / 2).max(MIN_KEEPALIVE))?;
+    sockopt::set_tcp_keepintvl(stream, (timeout / 6).max(MIN_KEEPALIVE))?;
+    sockopt::set_tcp_keepcnt(stream, 3)?;
+    sockopt::set_tcp_user_timeout(stream, u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX))?;
     Ok(())
 }

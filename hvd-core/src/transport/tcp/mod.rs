@@ -3,17 +3,18 @@
 //!
 //! A payload is read straight into the memory of its receive when that was posted in time, and into a buffer of its
 //! own otherwise. A connection that ends without a goodbye means that the world is lost; who notices tells all others
-//! who was first, so that every rank names the same one. A peer whose host is silent is noticed by the kernel's
-//! keep-alive after 40 seconds.
+//! who was first, so that every rank names the same one. A peer that is stopped, or whose host is cut off, is noticed by its
+//! silence ([`heartbeat`]).
 
 mod bell;
 mod frame;
+mod heartbeat;
 mod incoming;
 mod link;
 mod outgoing;
 pub mod rendezvous;
 
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,8 +23,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 pub(crate) use bell::Bell;
 use bell::to_timespec;
 use frame::Kind;
+use heartbeat::Heartbeat;
 use incoming::Inbox;
 use link::Link;
+use rendezvous::Connections;
 pub use rendezvous::{Identity, Meeting, Secret};
 
 use super::matching::{Matching, Posted};
@@ -42,6 +45,8 @@ pub struct TcpOptions {
     pub bind: Option<IpAddr>,
     /// How long to wait for all ranks at the start. Default: 30 s.
     pub start_timeout: Duration,
+    /// How long a peer may give no sign of life; zero: for ever. The same on all ranks. Default: 30 s.
+    pub peer_timeout: Duration,
     /// Bound on the messages of one peer that have come before anybody waits for them, in bytes. Beyond it the world
     /// fails. Default: 4 GiB.
     pub unexpected_limit_bytes: usize,
@@ -55,6 +60,7 @@ impl Default for TcpOptions {
         TcpOptions {
             bind: None,
             start_timeout: Duration::from_secs(30),
+            peer_timeout: Duration::from_secs(30),
             unexpected_limit_bytes: 4 << 30,
             socket_buffer_bytes: None,
         }
@@ -67,6 +73,8 @@ pub struct TcpTransport {
     links: Vec<Option<Link>>,
     inbox: Inbox,
     bell: Arc<Bell>,
+    /// `None` where peers may be silent.
+    heartbeat: Option<Heartbeat>,
     /// Whether this rank has said goodbye.
     closing: bool,
     failed: Option<Error>,
@@ -79,11 +87,11 @@ impl TcpTransport {
     /// [`Error::Rendezvous`] if the ranks do not find each other in time or do not fit together.
     pub fn connect(identity: Identity, meeting: &Meeting, options: &TcpOptions) -> Result<TcpTransport> {
         check_identity(identity)?;
-        let streams = match identity.size {
-            1 => vec![None],
+        let connections = match identity.size {
+            1 => Connections::none(1),
             _ => rendezvous::gather(identity, meeting, options)?,
         };
-        Self::over(identity, streams, options)
+        Self::over(identity, connections, options)
     }
 
     /// As [`TcpTransport::connect`], where the ranks can exchange their addresses by other means: `exchange` is given
@@ -95,17 +103,17 @@ impl TcpTransport {
         exchange: impl FnOnce(SocketAddr, [u8; 32]) -> Result<(Vec<SocketAddr>, [u8; 32])>,
     ) -> Result<TcpTransport> {
         check_identity(identity)?;
-        let streams = match identity.size {
-            1 => vec![None],
+        let connections = match identity.size {
+            1 => Connections::none(1),
             _ => rendezvous::gather_through(identity, options, exchange)?,
         };
-        Self::over(identity, streams, options)
+        Self::over(identity, connections, options)
     }
 
-    fn over(identity: Identity, streams: Vec<Option<TcpStream>>, options: &TcpOptions) -> Result<Self> {
+    fn over(identity: Identity, connections: Connections, options: &TcpOptions) -> Result<Self> {
         let bell = Arc::new(Bell::new()?);
-        let mut links = Vec::with_capacity(streams.len());
-        for (peer, stream) in streams.into_iter().enumerate() {
+        let mut links = Vec::with_capacity(identity.size);
+        for (peer, stream) in connections.mesh.into_iter().enumerate() {
             let link = stream.map(|stream| Link::new(peer, stream, identity.generation, options, &bell));
             links.push(link.transpose()?);
         }
@@ -117,7 +125,11 @@ impl TcpTransport {
             abort: None,
             rung: false,
         };
-        Ok(TcpTransport { identity, links, inbox, bell, closing: false, failed: None })
+        let heartbeat = match options.peer_timeout.is_zero() || identity.size == 1 {
+            true => None,
+            false => Some(Heartbeat::start(connections.heartbeat, options.peer_timeout, bell.clone())?),
+        };
+        Ok(TcpTransport { identity, links, inbox, bell, heartbeat, closing: false, failed: None })
     }
 
     /// As [`Transport::abort`], where another rank was the first to fail.
@@ -218,20 +230,35 @@ impl TcpTransport {
         if let Some((rank, cause)) = self.inbox.abort.take() {
             return Err(Error::PeerLost { rank, cause });
         }
-        if self.closing {
-            return Ok(());
-        }
         for link in self.links.iter().flatten() {
             let cause = match &link.closed {
                 Some(how) if !link.incoming.goodbye => how.clone(),
-                _ if link.incoming.goodbye && self.inbox.matching.waits_for(link.peer) => {
+                _ if link.incoming.goodbye && !self.closing && self.inbox.matching.waits_for(link.peer) => {
                     "it left the world while this rank waits for a message of it".into()
                 }
                 _ => continue,
             };
             return Err(Error::PeerLost { rank: link.peer, cause });
         }
-        Ok(())
+        self.check_heartbeat()
+    }
+
+    /// Fails if a peer that has not said goodbye is silent, or its goodbye is overdue.
+    fn check_heartbeat(&self) -> Result<()> {
+        let Some(heartbeat) = &self.heartbeat else { return Ok(()) };
+        let seconds = heartbeat.timeout().as_secs_f64();
+        let lost = |rank, cause| Err(Error::PeerLost { rank, cause });
+        if let Some(rank) = heartbeat.silent().into_iter().find(|&rank| !self.has_left(rank)) {
+            let hint = "it was stopped, or its host is down or cut off (HVD_PEER_TIMEOUT sets how long to wait)";
+            return lost(rank, format!("it has given no sign of life for {seconds} s; {hint}"));
+        }
+        let late = |link: &&Link| !link.incoming.goodbye;
+        match self.links.iter().flatten().find(late) {
+            Some(link) if heartbeat.farewell_is_overdue() => {
+                lost(link.peer, format!("it did not say goodbye within {seconds} s, although all ranks shut down"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn send_inner(&mut self, peer: usize, tag: Tag, data: Memory) -> Result<Request> {
@@ -337,9 +364,10 @@ impl Transport for TcpTransport {
         self.check(None)?;
         if !std::mem::replace(&mut self.closing, true) {
             self.links.iter_mut().flatten().for_each(|link| link.outgoing.push_signal(Kind::Goodbye));
+            self.heartbeat.iter().for_each(Heartbeat::expect_farewell);
         }
         self.progress()?;
-        let all_gone = |link: &Link| link.is_flushed() && (link.incoming.goodbye || link.closed.is_some());
+        let all_gone = |link: &Link| link.is_flushed() && link.incoming.goodbye;
         Ok(self.links.iter().flatten().all(all_gone))
     }
 

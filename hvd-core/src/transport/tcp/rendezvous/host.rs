@@ -166,8 +166,7 @@ fn open(identity: Identity, meeting: &Meeting, deadline: Instant) -> Result<Door
                 .and_then(Listener::tcp)
                 .map_err(|error| rendezvous(format!("rank 0 cannot listen on {address}: {error}")))?;
             let key = Key::new(&secret.0);
-            let generation = identity.generation;
-            Doorman::new(listener, move |stream, deadline| greet_tcp(stream, &key, generation, deadline))
+            Doorman::new(listener, move |stream, deadline| greet_tcp(stream, &key, deadline))
         }
     }
 }
@@ -200,12 +199,15 @@ fn greet_unix(mut stream: Stream, deadline: Instant) -> io::Result<Caller> {
     Ok(Caller { stream, hello })
 }
 
-fn greet_tcp(mut stream: Stream, key: &Key, generation: u64, deadline: Instant) -> io::Result<Caller> {
-    let expected = Claim { purpose: Purpose::Meeting, generation, caller: 0, callee: 0 };
-    let caller = proof::as_callee(&mut stream, key, expected, deadline)?;
+/// A rank of another generation is let in, too: it is told so.
+fn greet_tcp(mut stream: Stream, key: &Key, deadline: Instant) -> io::Result<Caller> {
+    let welcome = |claim: &Claim| claim.purpose == Purpose::Meeting && claim.callee == 0;
+    let claim = proof::as_callee(&mut stream, key, welcome, deadline)?;
     let hello = receive_hello(&mut stream, deadline)?;
     match hello {
-        Note::Hello { rank, .. } if rank == caller => Ok(Caller { stream, hello }),
+        Note::Hello { rank, generation, .. } if (rank as u64, generation) == (claim.caller.into(), claim.generation) => {
+            Ok(Caller { stream, hello })
+        }
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the caller says two ranks")),
     }
 }

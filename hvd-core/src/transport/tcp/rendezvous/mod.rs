@@ -5,7 +5,7 @@
 //! 2. Rank 0 serves the meeting point; the others connect to it (in any order; they retry until it is there), prove who
 //!    they are, and say rank, size and listener ([`note::Note::Hello`]).
 //! 3. When all are there, rank 0 sends them the roster. Each rank connects to all lower ones and is called by all
-//!    higher ones; both ends of each connection prove that they know the key ([`proof`]).
+//!    higher ones, neighbours a second time for their heartbeats; both ends of each connection prove that they know the key ([`proof`]).
 //! 4. Each rank tells rank 0 that its connections stand, and rank 0 tells all to go.
 //!
 //! The connections to rank 0 stay open until then: a rank that fails or dies on the way ends the start of all at once,
@@ -20,17 +20,18 @@ mod note;
 mod proof;
 mod stream;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::time::Instant;
 
 use lifeline::Lifeline;
+pub(super) use mesh::Connections;
 use proof::Key;
 
 use super::TcpOptions;
 use crate::error::{Error, Result};
 
 /// The version of the protocol; ranks of different versions refuse each other.
-const PROTOCOL_VERSION: u32 = 1;
+const PROTOCOL_VERSION: u32 = 2;
 
 /// Who a process is in a world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,8 +92,8 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// Connects this rank with all others. Gives a connection for each rank but this one.
-pub(super) fn gather(identity: Identity, meeting: &Meeting, options: &TcpOptions) -> Result<Vec<Option<TcpStream>>> {
+/// Connects this rank with all others.
+pub(super) fn gather(identity: Identity, meeting: &Meeting, options: &TcpOptions) -> Result<Connections> {
     check_bind(meeting, options)?;
     let deadline = Instant::now() + options.start_timeout;
     let listener = listen(options.bind)?;
@@ -111,7 +112,7 @@ pub(super) fn gather_through(
     identity: Identity,
     options: &TcpOptions,
     exchange: impl FnOnce(SocketAddr, [u8; 32]) -> Result<(Vec<SocketAddr>, [u8; 32])>,
-) -> Result<Vec<Option<TcpStream>>> {
+) -> Result<Connections> {
     let deadline = Instant::now() + options.start_timeout;
     let listener = listen(options.bind)?;
     let (addresses, seed) = exchange(local_address(&listener)?, random_bytes()?)?;

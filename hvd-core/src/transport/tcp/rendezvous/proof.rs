@@ -31,6 +31,7 @@ pub(super) struct Key(Vec<u8>);
 pub(super) enum Purpose {
     Meeting = 1,
     Mesh = 2,
+    Heartbeat = 3,
 }
 
 /// Who calls whom, and for what.
@@ -81,6 +82,12 @@ impl Key {
     }
 }
 
+impl Purpose {
+    fn from_number(number: u32) -> Option<Purpose> {
+        [Purpose::Meeting, Purpose::Mesh, Purpose::Heartbeat].into_iter().find(|purpose| *purpose as u32 == number)
+    }
+}
+
 impl Claim {
     fn encode(&self) -> [u8; CLAIM_BYTES] {
         let mut bytes = [0; CLAIM_BYTES];
@@ -89,6 +96,16 @@ impl Claim {
         bytes[12..16].copy_from_slice(&self.caller.to_le_bytes());
         bytes[16..20].copy_from_slice(&self.callee.to_le_bytes());
         bytes
+    }
+
+    /// Reads a claim; `None` for a purpose that does not exist.
+    fn decode(bytes: &[u8; CLAIM_BYTES]) -> Option<Claim> {
+        Some(Claim {
+            purpose: Purpose::from_number(u32::from_le_bytes(array(&bytes[0..4])))?,
+            generation: u64::from_le_bytes(array(&bytes[4..12])),
+            caller: u32::from_le_bytes(array(&bytes[12..16])),
+            callee: u32::from_le_bytes(array(&bytes[16..20])),
+        })
     }
 }
 
@@ -113,9 +130,13 @@ pub(super) fn as_caller(stream: &mut Stream, key: &Key, claim: Claim, deadline: 
         .map_err(|_| refusal("the other end does not know the secret"))
 }
 
-/// Has a caller prove the key and a claim, and proves the key to it. `expected` is the claim but for the caller, who is
-/// given back.
-pub(super) fn as_callee(stream: &mut Stream, key: &Key, expected: Claim, deadline: Instant) -> io::Result<usize> {
+/// Has a caller prove the key and a claim that is `welcome`, and proves the key to it. Gives the claim.
+pub(super) fn as_callee(
+    stream: &mut Stream,
+    key: &Key,
+    welcome: impl Fn(&Claim) -> bool,
+    deadline: Instant,
+) -> io::Result<Claim> {
     let ours = nonce()?;
     let mut greeting = MAGIC.to_vec();
     greeting.extend(ours);
@@ -127,13 +148,10 @@ pub(super) fn as_callee(stream: &mut Stream, key: &Key, expected: Claim, deadlin
     key.code(Role::Caller, &claim, &ours, &theirs)
         .verify_slice(&answer[CLAIM_BYTES + 32..])
         .map_err(|_| refusal("the caller does not know the secret"))?;
-    let caller = u32::from_le_bytes(array(&claim[12..16]));
-    if (Claim { caller, ..expected }).encode() != claim {
-        return Err(refusal("the caller wants something else"));
-    }
     let code = key.code(Role::Callee, &claim, &ours, &theirs).finalize().into_bytes();
+    let claim = Claim::decode(&claim).filter(welcome).ok_or_else(|| refusal("the caller wants something else"))?;
     stream.write_all_by(&code, deadline)?;
-    Ok(caller as usize)
+    Ok(claim)
 }
 
 fn nonce() -> io::Result<[u8; 32]> {
@@ -159,12 +177,16 @@ mod tests {
 
     const CLAIM: Claim = Claim { purpose: Purpose::Mesh, generation: 4, caller: 2, callee: 1 };
 
-    fn prove(caller: &str, callee: &str, claim: Claim) -> (io::Result<()>, io::Result<usize>) {
+    fn is_welcome(claim: &Claim) -> bool {
+        *claim == Claim { caller: claim.caller, ..CLAIM }
+    }
+
+    fn prove(caller: &str, callee: &str, claim: Claim) -> (io::Result<()>, io::Result<Claim>) {
         let (a, b) = UnixStream::pair().unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
         let (caller, callee) = (Key::new(caller.as_bytes()), Key::new(callee.as_bytes()));
         std::thread::scope(|scope| {
-            let called = scope.spawn(move || as_callee(&mut Stream::Unix(b), &callee, CLAIM, deadline));
+            let called = scope.spawn(move || as_callee(&mut Stream::Unix(b), &callee, is_welcome, deadline));
             let calling = as_caller(&mut Stream::Unix(a), &caller, claim, deadline);
             (calling, called.join().unwrap())
         })
@@ -174,8 +196,8 @@ mod tests {
     fn the_same_key_and_claim_pass() {
         let (caller, callee) = prove("key", "key", CLAIM);
         caller.unwrap();
-        assert_eq!(callee.unwrap(), 2);
-        assert_eq!(prove("key", "key", Claim { caller: 5, ..CLAIM }).1.unwrap(), 5);
+        assert_eq!(callee.unwrap(), CLAIM);
+        assert_eq!(prove("key", "key", Claim { caller: 5, ..CLAIM }).1.unwrap().caller, 5);
     }
 
     #[test]
@@ -183,6 +205,7 @@ mod tests {
         for (key, claim) in [
             ("other", CLAIM),
             ("key", Claim { purpose: Purpose::Meeting, ..CLAIM }),
+            ("key", Claim { purpose: Purpose::Heartbeat, ..CLAIM }),
             ("key", Claim { generation: 5, ..CLAIM }),
             ("key", Claim { callee: 3, ..CLAIM }),
         ] {
@@ -201,7 +224,7 @@ mod tests {
         recording.extend(key.code(Role::Caller, &CLAIM.encode(), &[1; 32], &[7; 32]).finalize().into_bytes());
         let (mut thief, b) = UnixStream::pair().unwrap();
         io::Write::write_all(&mut thief, &recording).unwrap();
-        assert!(as_callee(&mut Stream::Unix(b), &key, CLAIM, deadline).is_err());
+        assert!(as_callee(&mut Stream::Unix(b), &key, is_welcome, deadline).is_err());
     }
 
     /// A fake rank that answers a caller's code with the same code.
