@@ -183,8 +183,8 @@ fn a_rank_that_dies_during_the_start_ends_it() {
         let begin = Instant::now();
         let errors = std::thread::scope(|scope| {
             let others = scope.spawn(|| connect(&ranks(4)[..3], &meeting, &patient(50)));
-            // Variant 0 is the hello: version 1, rank 3, size 4, generation 0, listener 127.0.0.1:1.
-            let hello = [0, 1, 3, 4, 0, 0, 127, 0, 0, 1, 1];
+            // Variant 0 is the hello: version 2, rank 3, size 4, generation 0, listener 127.0.0.1:1.
+            let hello = [0, 2, 3, 4, 0, 0, 127, 0, 0, 1, 1];
             let mut stream = unix_meeting_point(&job);
             stream.write_all(&(hello.len() as u32).to_le_bytes()).unwrap();
             stream.write_all(&hello).unwrap();

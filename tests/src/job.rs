@@ -2,15 +2,15 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
-use crate::Launcher;
+use crate::{Hosts, Launcher};
 
 /// What is to be started.
 pub struct Job {
@@ -19,6 +19,7 @@ pub struct Job {
     vars: Vec<(String, String)>,
     ranks: usize,
     launcher: Launcher,
+    hosts: Option<Arc<Hosts>>,
     limit: Duration,
 }
 
@@ -39,6 +40,8 @@ pub struct Finished {
     pub stdout: String,
     /// Everything the ranks complained of.
     pub stderr: String,
+    /// The same for each process.
+    pub complaints: Vec<String>,
     /// How long it took from the start.
     pub elapsed: Duration,
 }
@@ -52,7 +55,8 @@ impl Job {
     /// `ranks` processes of `program`, started one by one, for at most two minutes.
     pub fn new(program: impl Into<PathBuf>, ranks: usize) -> Self {
         let limit = Duration::from_secs(120);
-        Job { program: program.into(), args: Vec::new(), vars: Vec::new(), ranks, launcher: Launcher::Spawn, limit }
+        let (program, launcher) = (program.into(), Launcher::Spawn);
+        Job { program, args: Vec::new(), vars: Vec::new(), ranks, launcher, hosts: None, limit }
     }
 
     /// Adds arguments of the program.
@@ -70,6 +74,12 @@ impl Job {
     /// Who starts the ranks.
     pub fn launcher(mut self, launcher: Launcher) -> Self {
         self.launcher = launcher;
+        self
+    }
+
+    /// Deals the ranks to hosts in blocks of equal size; they are started one by one.
+    pub fn hosts(mut self, hosts: Arc<Hosts>) -> Self {
+        self.hosts = Some(hosts);
         self
     }
 
@@ -107,12 +117,22 @@ impl Job {
     fn spawned(&self) -> Vec<Command> {
         let job = format!("test-{}-{:x}", std::process::id(), rand::random::<u64>());
         let command = |rank: usize| {
-            let mut command = Command::new(&self.program);
+            let mut command = self.placed(rank);
             let size = self.ranks.to_string();
             command.env("HVD_RANK", rank.to_string()).env("HVD_SIZE", size).env("HVD_JOB_ID", &job);
             command
         };
         (0..self.ranks).map(command).collect()
+    }
+
+    /// The program, on the rank's host.
+    fn placed(&self, rank: usize) -> Command {
+        let Some(hosts) = &self.hosts else { return Command::new(&self.program) };
+        let block = self.ranks.div_ceil(hosts.count());
+        let mut command = hosts.command(rank / block, &self.program);
+        command.env("HVD_LOCAL_SIZE", block.to_string()).env("HVD_BIND", hosts.address(rank / block));
+        command.env("HVD_RENDEZVOUS", format!("{}:29400", hosts.address(0))).env("HVD_SECRET", "of the test's hosts");
+        command
     }
 }
 
@@ -124,13 +144,42 @@ impl Running {
 
     /// Ends a rank as the kernel does when memory runs out: at once, without a word.
     pub fn kill(&self, rank: usize) {
+        self.signal(rank, Signal::KILL);
+    }
+
+    /// Sends a rank a signal.
+    pub fn signal(&self, rank: usize, signal: Signal) {
         // It may have ended by itself a moment ago.
-        let _ = kill_process(self.pid(rank), Signal::KILL);
+        let _ = kill_process(self.pid(rank), signal);
     }
 
     /// What the ranks have printed so far.
     pub fn stdout(&self) -> String {
         self.output.read("stdout")
+    }
+
+    /// What the ranks have complained of so far.
+    pub fn stderr(&self) -> String {
+        self.output.read("stderr")
+    }
+
+    /// The process of a rank, whoever started it, as `hvd-worker` prints it.
+    pub fn process_of(&self, rank: usize) -> Option<Pid> {
+        let text = self.stdout();
+        let (_, rest) = text.split_once(&format!("rank {rank} is process "))?;
+        Pid::from_raw(rest.split_whitespace().next()?.parse().ok()?)
+    }
+
+    /// Waits for the end of some processes.
+    ///
+    /// # Panics
+    /// If the job takes longer than its limit.
+    pub fn wait_for_ends(&mut self, ranks: impl IntoIterator<Item = usize>) {
+        for rank in ranks {
+            while self.children[rank].try_wait().expect("a process's status").is_none() {
+                self.watch();
+            }
+        }
     }
 
     /// Waits until the output contains `text`; gives up, with `false`, when the job ends before that.
@@ -166,6 +215,7 @@ impl Running {
             statuses: statuses.into_iter().flatten().collect(),
             stdout: self.output.read("stdout"),
             stderr: self.output.read("stderr"),
+            complaints: self.output.read_each("stderr"),
             elapsed: self.output.started.elapsed(),
         }
     }
@@ -213,14 +263,19 @@ impl Output {
 
     /// What all processes wrote, one after the other.
     fn read(&self, stream: &str) -> String {
+        self.read_each(stream).concat()
+    }
+
+    /// What each process wrote.
+    fn read_each(&self, stream: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.folder.path()).expect("the output's folder");
         let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
         paths.retain(|path| path.file_stem().is_some_and(|stem| stem == stream));
         paths.sort();
-        let mut bytes = Vec::new();
-        for path in paths {
-            File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).expect("the output");
-        }
-        String::from_utf8_lossy(&bytes).into_owned()
+        let read = |path: PathBuf| {
+            let bytes = std::fs::read(path).expect("the output");
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        paths.into_iter().map(read).collect()
     }
 }

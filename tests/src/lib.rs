@@ -3,9 +3,11 @@
 //! Tests here run what users run: the built binaries, under `mpirun` or started one by one.
 #![deny(missing_docs)]
 
+mod hosts;
 mod job;
 mod launcher;
 
+pub use hosts::{Cut, Hosts};
 pub use job::{Finished, Job, Running};
 pub use launcher::{Launcher, binary, mpi_plugin};
 

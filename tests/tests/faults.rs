@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use hvd_tests::{Job, Launcher, Running, binary, seed};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::{Signal, kill_process, test_kill_process};
 
 /// From the death of a rank to the end of the last of the others.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -46,12 +46,6 @@ fn a_rank_killed_at_any_moment_ends_the_job() {
     }
 }
 
-/// The process of a rank that `mpirun` started, as the worker says it.
-fn rank_process(text: &str, rank: usize) -> Option<i32> {
-    let marker = format!("rank {rank} is process ");
-    text.split(&marker).nth(1)?.split_whitespace().next()?.parse().ok()
-}
-
 #[test]
 fn under_mpirun_a_killed_rank_or_a_killed_mpirun_ends_all() {
     for launcher in Launcher::available().into_iter().filter(|launcher| *launcher != Launcher::Spawn) {
@@ -59,8 +53,7 @@ fn under_mpirun_a_killed_rank_or_a_killed_mpirun_ends_all() {
             let job = worker(3, &["steps", "--count", "1000000000", "--elements", "100000"]).launcher(launcher);
             let mut running = job.start();
             assert!(running.wait_for("stepping"), "the job ended by itself");
-            let processes = (0..3).map(|rank| rank_process(&running.stdout(), rank).expect("a process id"));
-            let processes: Vec<_> = processes.filter_map(Pid::from_raw).collect();
+            let processes: Vec<_> = (0..3).map(|rank| running.process_of(rank).expect("a process id")).collect();
             match kill_launcher {
                 true => running.kill(0),
                 false => kill_process(processes[1], Signal::KILL).expect("a process to kill"),
@@ -93,15 +86,39 @@ fn a_rank_that_leaves_without_a_word_ends_the_job() {
 }
 
 #[test]
-fn nothing_is_left_behind() {
-    let sockets =
-        || std::fs::read_to_string("/proc/net/unix").expect("the list of Unix sockets").matches("hvd").count();
-    let segments = || std::fs::read_dir("/dev/shm").map_or(0, |entries| entries.count());
-    let before = (sockets(), segments());
-    let mut running = worker(3, &["steps", "--count", "1000000000", "--elements", "100000"]).start();
-    assert!(running.wait_for("stepping"), "the job ended by itself");
-    kill_and_check(running, 0);
-    // Other tests may hold sockets of jobs that are starting, never fewer than before.
-    let after = (sockets(), segments());
-    assert!(after.1 <= before.1 && after.0 <= before.0 + 2, "{before:?} {after:?}");
+fn worlds_follow_each_other_in_one_process_also_after_a_failure() {
+    for shm in [0, 1] {
+        let finished = worker(3, &["again", "--worlds", "8"]).var("HVD_SHM", shm).run();
+        assert!(finished.assert_success().stdout.contains("8 worlds"));
+    }
+}
+
+#[test]
+fn a_process_can_be_in_several_worlds() {
+    for shm in [0, 1] {
+        let finished = worker(3, &["twice"]).var("HVD_SHM", shm).run();
+        assert!(finished.assert_success().stdout.contains("two worlds"));
+    }
+}
+
+#[test]
+fn a_killed_job_does_not_disturb_the_next_of_its_name() {
+    let name = format!("again-{}", std::process::id());
+    for _ in 0..3 {
+        let job = worker(3, &["steps", "--count", "1000000000", "--elements", "1000"]).var("HVD_JOB_ID", &name);
+        let mut running = job.start();
+        assert!(running.wait_for("stepping"), "the job ended by itself:\n{}", running.stderr());
+        (0..3).for_each(|rank| running.kill(rank));
+        running.wait();
+    }
+    worker(3, &["steps", "--count", "3", "--elements", "1000"]).var("HVD_JOB_ID", &name).run().assert_success();
+}
+
+#[test]
+fn jobs_on_one_host_do_not_meet() {
+    let start = || worker(2, &["again", "--worlds", "6"]).start();
+    let jobs: Vec<_> = (0..4).map(|_| start()).collect();
+    for job in jobs {
+        assert_eq!(job.wait().assert_success().stdout.matches("6 worlds").count(), 2);
+    }
 }

@@ -1,7 +1,6 @@
 //! From environment variables to a world.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use rustix::process::Signal;
@@ -18,8 +17,9 @@ use crate::transport::mpi::MpiTransport;
 use crate::transport::tcp::{Identity, Meeting, Secret, TcpOptions, TcpTransport};
 use crate::transport::thread::ThreadTransport;
 
-/// Worlds that this process has been in: ranks of different generations never talk to each other.
-static GENERATION: AtomicU64 = AtomicU64::new(0);
+/// Worlds that this process has been in: ranks of different generations never talk to each other. A start that failed
+/// does not count, so that it can be tried again with a rank that came too late for it.
+static GENERATION: Mutex<u64> = Mutex::new(0);
 
 /// Meets the other ranks.
 pub(super) fn world(config: Config) -> Result<World> {
@@ -36,9 +36,7 @@ pub(super) fn world(config: Config) -> Result<World> {
     if topology.size == 1 {
         return observed(wrap(topology, Backend::Solo, Arc::default(), None), &config);
     }
-    let generation = GENERATION.fetch_add(1, Ordering::Relaxed);
-    let identity = Identity { rank: topology.rank, size: topology.size, generation };
-    let mut transport = transport(&config, &launch, identity)?;
+    let mut transport = next_transport(&config, &launch)?;
     let shared = match config.shared_memory && topology.is_single_host() {
         true => ShmGroup::form(&mut *transport, config.shm_slot_bytes, Instant::now() + config.start_timeout)?,
         false => None,
@@ -127,6 +125,15 @@ fn wrap(topology: Topology, backend: Backend, observers: Arc<Observers>, engine:
         engine,
         unnamed: Default::default(),
     }))
+}
+
+/// The transport of this process's next world.
+fn next_transport(config: &Config, launch: &Launch) -> Result<Box<dyn Transport>> {
+    let mut generation = GENERATION.lock().unwrap_or_else(PoisonError::into_inner);
+    let Topology { rank, size, .. } = launch.topology;
+    let transport = transport(config, launch, Identity { rank, size, generation: *generation })?;
+    *generation += 1;
+    Ok(transport)
 }
 
 /// The transport that the settings ask for, or else the first that can introduce the ranks to each other.

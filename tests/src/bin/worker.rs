@@ -54,12 +54,43 @@ enum Command {
         #[arg(long)]
         until: Option<PathBuf>,
     },
+    /// Does for ever what keeps one phase of the runtime busy; says `busy`.
+    Busy {
+        #[arg(long)]
+        phase: Phase,
+    },
+    /// Makes one world after the other; every other one is failed by one of its ranks.
+    Again {
+        #[arg(long)]
+        worlds: usize,
+    },
+    /// Two worlds at once.
+    Twice,
     /// Prints this rank's place.
     Topology,
 }
 
+/// Where the runtime spends its time.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Phase {
+    /// Worlds begin and end.
+    Start,
+    /// Many small tensors, under names that were not heard before.
+    Negotiation,
+    /// Tensors are fused and narrowed.
+    Copy,
+    /// Large tensors travel as they are.
+    Wire,
+}
+
 fn main() -> Result<()> {
     let command = Args::parse().command;
+    match command {
+        Command::Busy { phase } => return busy(phase),
+        Command::Again { worlds } => return again(worlds),
+        Command::Twice => return twice(),
+        _ => {}
+    }
     let world = hvd_core::init()?;
     println!("rank {} is process {}", world.rank(), std::process::id());
     match command {
@@ -83,6 +114,7 @@ fn main() -> Result<()> {
         }
         Command::Stall { rank, until } => stall(&world, rank, until)?,
         Command::Topology => println!("{:?}", world.topology()),
+        Command::Busy { .. } | Command::Again { .. } | Command::Twice => {} // Make their own worlds.
     }
     hvd_core::shutdown()?;
     println!("rank {} is done", world.rank());
@@ -116,6 +148,70 @@ fn steps(world: &World, count: usize, elements: usize) -> Result<()> {
             println!("stepping");
         }
     }
+    Ok(())
+}
+
+fn busy(phase: Phase) -> Result<()> {
+    let mut world = hvd_core::init()?;
+    println!("rank {} is process {}\nbusy", world.rank(), std::process::id());
+    for step in 0usize.. {
+        let (count, elements) = match phase {
+            Phase::Start => (1, 10),
+            Phase::Negotiation => (100, 4),
+            Phase::Copy => (20, 100_000),
+            Phase::Wire => (2, 1_500_000),
+        };
+        let compression = if matches!(phase, Phase::Copy) { Compression::Fp16 } else { Compression::None };
+        let options = Allreduce::new(ReduceOp::Sum).compression(compression);
+        let fresh = if matches!(phase, Phase::Negotiation) { step } else { 0 };
+        let submit = |at| world.allreduce_async(&format!("{fresh}.{at}"), vec![world.rank() as f32; elements], options);
+        let handles = (0..count).map(submit).collect::<hvd_core::Result<Vec<_>>>()?;
+        let expected = (world.size() * (world.size() - 1) / 2) as f32;
+        for handle in handles {
+            ensure!(handle.wait()?.iter().all(|&x| x == expected), "a wrong sum in step {step}");
+        }
+        if matches!(phase, Phase::Start) {
+            hvd_core::shutdown()?;
+            world = hvd_core::init()?;
+        }
+    }
+    Ok(())
+}
+
+fn again(worlds: usize) -> Result<()> {
+    for number in 0..worlds {
+        let world = hvd_core::init()?;
+        let (failing, culprit) = (number % 2 == 1, number % world.size());
+        if failing && world.rank() == culprit {
+            world.barrier()?;
+            world.abort("it was told to");
+        } else if failing {
+            let end = world.barrier().and_then(|()| world.barrier());
+            let error = end.expect_err("the world was failed").to_string();
+            ensure!(error == format!("lost rank {culprit}: it was told to"), "{error}");
+        } else {
+            let mut data = vec![1.0f32; 1000];
+            world.allreduce("data", &mut data, ReduceOp::Sum)?;
+            ensure!(data == vec![world.size() as f32; 1000], "a wrong sum in world {number}");
+        }
+        ensure!(hvd_core::shutdown().is_err() == failing, "world {number} ended differently");
+    }
+    println!("{worlds} worlds");
+    Ok(())
+}
+
+fn twice() -> Result<()> {
+    let (one, other) = (World::from_env()?, World::from_env()?);
+    for step in 0..20 {
+        let first = one.allreduce_async("both", vec![1i32; 1000], ReduceOp::Sum)?;
+        let second = other.allreduce_async("both", vec![step; 5000], ReduceOp::Max)?;
+        ensure!(second.wait()? == vec![step; 5000], "a wrong maximum in step {step}");
+        ensure!(first.wait()? == vec![one.size() as i32; 1000], "a wrong sum in step {step}");
+    }
+    one.shutdown()?;
+    other.barrier()?;
+    other.shutdown()?;
+    println!("two worlds");
     Ok(())
 }
 

@@ -65,7 +65,8 @@ impl Heartbeat {
     pub(super) fn start(connections: Vec<(usize, TcpStream)>, timeout: Duration, bell: Arc<Bell>) -> Result<Self> {
         let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| Error::io("creating an eventfd", error))?;
-        let shared = Arc::new(Shared { timeout, bell, nudge, findings: Mutex::default(), alarm: AtomicBool::new(false) });
+        let shared =
+            Arc::new(Shared { timeout, bell, nudge, findings: Mutex::default(), alarm: AtomicBool::new(false) });
         let neighbours = connections.into_iter().map(Neighbour::new).collect::<Result<Vec<_>>>()?;
         let listener = Listener { shared: shared.clone(), neighbours, interval: timeout / BEATS_PER_TIMEOUT };
         let thread = std::thread::Builder::new().name("hvd-heartbeat".into()).spawn(move || listener.run());

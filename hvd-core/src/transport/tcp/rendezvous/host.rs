@@ -205,7 +205,9 @@ fn greet_tcp(mut stream: Stream, key: &Key, deadline: Instant) -> io::Result<Cal
     let claim = proof::as_callee(&mut stream, key, welcome, deadline)?;
     let hello = receive_hello(&mut stream, deadline)?;
     match hello {
-        Note::Hello { rank, generation, .. } if (rank as u64, generation) == (claim.caller.into(), claim.generation) => {
+        Note::Hello { rank, generation, .. }
+            if (rank as u64, generation) == (claim.caller.into(), claim.generation) =>
+        {
             Ok(Caller { stream, hello })
         }
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the caller says two ranks")),
