@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use rustix::process::Signal;
 
-use super::{Backend, Inner, World};
+use super::{Backend, Inner, World, affinity};
 use crate::config::{Config, TransportChoice, environment, remarks};
 use crate::engine::timeline::path_on_host;
 use crate::engine::{Core, Engine, Observers};
@@ -111,7 +111,8 @@ fn start(
     };
     let (waiter, observers) = (transport.waiter(), Arc::<Observers>::default());
     let core = Core::new(transport, shared, config, observers.clone())?;
-    let engine = Engine::start(core, waiter, config.spin)?;
+    let processor = affinity::processor(config, topology.local_rank)?;
+    let engine = affinity::inherited(processor, || Engine::start(core, waiter, config.spin))?;
     tracing::debug!(rank = topology.rank, size = topology.size, %backend, "joined the world");
     Ok(wrap(topology, backend, observers, Some(engine)))
 }

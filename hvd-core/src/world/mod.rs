@@ -1,5 +1,6 @@
 //! The public face: a world of ranks and what they do together.
 
+mod affinity;
 mod bootstrap;
 mod global;
 mod objects;
