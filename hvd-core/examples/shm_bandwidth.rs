@@ -59,7 +59,7 @@ fn wait(group: &ShmGroup, transport: &mut dyn Transport, mut op: impl Collective
     let mut vain = 0;
     while !op.poll(transport)? {
         vain += 1;
-        if vain > SPINS && group.prepare_sleep() {
+        if vain > SPINS && group.prepare_sleep(transport)? {
             transport.progress()?;
             transport.waiter().wait(None);
             group.awake();

@@ -369,7 +369,7 @@ fn an_operation_given_up_half_way_fails_those_after_it() {
             drop(sum_of_ones(&group, 10));
             let (mut op, _memory) = sum_of_ones(&group, 10);
             assert!(matches!(op.poll(&mut *member.transport), Err(Error::ShutDown(_))));
-            assert!(!group.prepare_sleep());
+            assert!(!group.prepare_sleep(&mut *member.transport).unwrap());
         });
     });
 }

@@ -15,6 +15,9 @@ use super::{Core, Item};
 use crate::error::{Error, Result};
 use crate::transport::Waiter;
 
+/// How often a thread that has what it waited for tries to leave the engine in peace.
+const STEPS_TO_LEAVE: usize = 4;
+
 /// The engine of one rank. Dropping it before [`Engine::shutdown`] fails the world.
 pub struct Engine {
     shared: Arc<Shared>,
@@ -215,7 +218,7 @@ impl Shared {
             self.drivers.wait_for_none();
             let mut core = self.lock_core();
             self.background_drives.store(true, Ordering::SeqCst);
-            core.awake();
+            core.awake(true);
             self.drive(&mut core, || self.drivers.any());
             self.background_drives.store(false, Ordering::SeqCst);
             let pause = core.inspect().unwrap_or_else(|error| {
@@ -247,9 +250,9 @@ impl Shared {
         let turn = self.drivers.enter();
         match self.lock_to_drive() {
             Some(mut core) => {
-                core.awake();
+                core.awake(false);
                 self.drive(&mut core, || outcome.is_done());
-                if !core.prepare_sleep() || core.is_busy() {
+                if !self.leave(&mut core) {
                     self.waiter.wake();
                 }
             }
@@ -258,6 +261,20 @@ impl Shared {
         }
         drop(turn);
         outcome.block();
+    }
+
+    /// Whether nobody need drive until something comes. Where a peer sleeps until this rank joins a round, joins it.
+    fn leave(&self, core: &mut Core) -> bool {
+        for _ in 0..STEPS_TO_LEAVE {
+            if core.is_busy() {
+                return false;
+            }
+            if core.prepare_sleep() {
+                return true;
+            }
+            self.step(core);
+        }
+        false
     }
 
     /// Steps until `done`, until the engine is over, or until nothing has moved for the time of a spin.

@@ -3,6 +3,7 @@
 //! The engine is a state machine ([`Core`]) behind a lock. Whoever holds the lock drives it; nothing moves by a clock.
 
 mod cache;
+mod dissemination;
 mod drive;
 mod exchange;
 mod execute;
@@ -41,6 +42,8 @@ pub(crate) use observe::Observers;
 
 /// Operations over the transport that may be under way at once.
 const MAX_RUNNING: usize = 4;
+/// How often the transport is looked at while nothing moves through it.
+const STEPS_PER_LOOK: u32 = 64;
 
 /// A submission and whoever waits for it.
 pub(crate) struct Item {
@@ -110,6 +113,8 @@ pub(crate) struct Core {
     /// Agreed on; each with the first dimensions of an allgather.
     ready: VecDeque<(Batch, Vec<usize>)>,
     running: Vec<Execution>,
+    /// Steps since the last look at the transport.
+    unlooked: u32,
     state: State,
 }
 
@@ -138,7 +143,12 @@ impl Core {
             _ => None,
         };
         Ok(Core {
-            negotiation: Negotiation::new(transport.rank(), transport.size(), config.cache_capacity),
+            negotiation: Negotiation::new(
+                transport.rank(),
+                transport.size(),
+                config.cache_capacity,
+                shared.as_ref(),
+            ),
             backend: Backend::new(&*transport, shared, config),
             fusion_threshold_bytes: config.fusion_threshold_bytes,
             transport,
@@ -148,6 +158,7 @@ impl Core {
             waiting: HashMap::new(),
             ready: VecDeque::new(),
             running: Vec::new(),
+            unlooked: 0,
             state: State::Open,
         })
     }
@@ -223,7 +234,7 @@ impl Core {
     }
 
     fn try_step(&mut self) -> Result<bool> {
-        let mut moved = self.transport.progress()?;
+        let mut moved = self.look_at_transport()?;
         if let State::Closing = self.state {
             if self.transport.close()? {
                 self.state = State::Closed;
@@ -247,6 +258,18 @@ impl Core {
             moved = true;
         }
         Ok(moved)
+    }
+
+    /// Moves messages. Where all goes through shared memory nothing but a sleeper's ring or a peer's end is expected, so
+    /// a look is taken now and then only: it is a system call.
+    fn look_at_transport(&mut self) -> Result<bool> {
+        let running = self.running.iter().any(|execution| execution.route() != Route::Shared);
+        self.unlooked += 1;
+        if self.unlooked < STEPS_PER_LOOK && !running && !self.negotiation.needs_transport() {
+            return Ok(false);
+        }
+        self.unlooked = 0;
+        self.transport.progress()
     }
 
     /// Turns what the ranks concluded in one round into batches.
@@ -369,12 +392,19 @@ impl Core {
     }
 
     /// Announces to the ranks that share memory with this one that it will sleep. `false` if it must not yet.
-    pub(crate) fn prepare_sleep(&self) -> bool {
-        self.backend.shared.as_ref().is_none_or(|group| group.prepare_sleep())
+    pub(crate) fn prepare_sleep(&mut self) -> bool {
+        let Some(group) = self.backend.shared.clone().filter(|_| !self.is_over()) else { return true };
+        group.prepare_sleep(&mut *self.transport).unwrap_or_else(|error| {
+            self.fail(error);
+            false
+        })
     }
 
-    /// Announces that this rank is awake.
-    pub(crate) fn awake(&self) {
+    /// Announces that this rank is awake. `rung`: something may have come over the transport.
+    pub(crate) fn awake(&mut self, rung: bool) {
+        if rung {
+            self.unlooked = STEPS_PER_LOOK;
+        }
         if let Some(group) = &self.backend.shared {
             group.awake();
         }

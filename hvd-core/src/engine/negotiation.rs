@@ -4,6 +4,7 @@
 //! conclusions: it keeps the same table of what was announced and the same cache of what was agreed on before.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cache::{Agreement, ResponseCache};
@@ -12,6 +13,7 @@ use super::message::{Announcement, BitSet, RoundMessage, Signature, SignatureKin
 use super::stall::Overdue;
 use super::tuner::Tuned;
 use crate::error::{Error, Result};
+use crate::shm::ShmGroup;
 use crate::transport::Transport;
 
 /// What the ranks concluded of one tensor.
@@ -67,12 +69,12 @@ pub struct Negotiation {
 }
 
 impl Negotiation {
-    /// Before the first round.
-    pub fn new(rank: usize, size: usize, cache_capacity: usize) -> Self {
+    /// Before the first round. `shared`: the memory that all ranks share, if they do.
+    pub fn new(rank: usize, size: usize, cache_capacity: usize, shared: Option<&Arc<ShmGroup>>) -> Self {
         Negotiation {
             rank,
             size,
-            exchange: Exchange::new(rank, size),
+            exchange: Exchange::new(rank, size, shared),
             cache: ResponseCache::new(cache_capacity),
             waiting: HashMap::new(),
             cached: BTreeMap::new(),
@@ -109,6 +111,11 @@ impl Negotiation {
     /// Whether all ranks want to shut down.
     pub fn all_closing(&self) -> bool {
         self.all_closing
+    }
+
+    /// Whether messages may be under way, so that somebody must drive the transport.
+    pub fn needs_transport(&self) -> bool {
+        self.exchange.needs_transport()
     }
 
     /// Goes on as far as it can, to the end of one round at most; gives that round's conclusions in an order that is the

@@ -107,7 +107,7 @@ impl Simulation {
         let nodes = (0..size).map(node).collect();
         let air = Arc::new(Mutex::new(Air { network, flying: BTreeMap::new(), count: 0, nodes }));
         Simulation {
-            ranks: (0..size).map(|rank| Negotiation::new(rank, size, cache_capacity)).collect(),
+            ranks: (0..size).map(|rank| Negotiation::new(rank, size, cache_capacity, None)).collect(),
             ports: (0..size).map(|rank| Port { rank, size, air: air.clone() }).collect(),
             air,
         }

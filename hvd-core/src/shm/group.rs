@@ -5,25 +5,34 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::form;
-use super::segment::{NeedCell, Segment};
+use super::segment::{NeedCell, PHASES, Segment};
 use crate::error::{Error, Result};
 use crate::transport::Transport;
 
-/// The three phases of a piece, each with a counter per rank.
+/// What a rank counts: the three phases of a piece, and the rounds of the board in which it has spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Stage = 0,
     Reduce = 1,
     Copy = 2,
+    Speak = 3,
 }
 
-/// A condition on the peers' counters: that `phase` is over for the first `count` pieces.
+/// A condition on the peers' counters: that `phase` is over for the first `count` pieces or rounds.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Need {
     pub phase: Phase,
-    /// On this rank; `None`: on all.
-    pub by: Option<usize>,
+    pub by: By,
     pub count: u64,
+}
+
+/// On whom a need must be met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    All,
+    One(usize),
+    /// On any peer. Only for [`Phase::Speak`]: see [`ShmGroup::prepare_sleep`].
+    Any,
 }
 
 /// What this rank remembers between polls.
@@ -32,11 +41,11 @@ pub(super) struct State {
     /// The number of the next operation's first piece.
     next: u64,
     /// This rank's counters. The peers see copies of them, which are never read back.
-    mine: [u64; 3],
+    mine: [u64; PHASES],
     /// What all peers' counters were seen to have reached.
-    seen: [u64; 3],
-    /// What the next piece of each phase waits for.
-    needs: [Option<Need>; 3],
+    seen: [u64; PHASES],
+    /// What the next piece of each phase, and the next or present round, waits for.
+    needs: [Option<Need>; PHASES],
     /// An operation gave up its turn although it could have gone on.
     yielded: bool,
     /// An operation was dropped half-way.
@@ -61,6 +70,12 @@ pub(super) struct State {
 /// when `A` then loads the other counters it finds each of them advanced, and rings. If what `A` reads of `S`'s needs
 /// is not what `S` needs now, `S` has been awake since `A` loaded the flag; then its present check comes after the
 /// store of `A`, and sees it. A ring too many only makes `S` poll once in vain.
+///
+/// A rank that has nothing to say joins a round only for the others' sake, and mostly they need not wait for that: soon
+/// it will have something to say. So who begins a round rings nobody. Only when it has spun in vain and goes to sleep
+/// itself does it ring those who sleep and have not joined. A rank that goes to sleep between rounds stays awake if
+/// somebody has begun *and sleeps*. Again each of the two stores its own flag `sleeping` first and then loads the
+/// other's, so at least one of them sees the other asleep.
 pub struct ShmGroup {
     rank: usize,
     size: usize,
@@ -98,12 +113,16 @@ impl ShmGroup {
         self.segment.slot_bytes()
     }
 
-    /// Announces that this rank goes to sleep until what its operations wait for has come. `false`: it has come
-    /// already, poll again. Counts what the last polls found, so all operations under way must have been polled.
-    pub fn prepare_sleep(&self) -> bool {
+    /// Announces that this rank goes to sleep until what its operations and its board wait for has come, and calls
+    /// sleeping peers to the round under way. `false`: it has come already, poll again. Counts what the last polls
+    /// found, so all operations under way must have been polled.
+    ///
+    /// # Errors
+    /// A lost peer.
+    pub fn prepare_sleep(&self, transport: &mut dyn Transport) -> Result<bool> {
         let mut state = self.lock();
         if std::mem::take(&mut state.yielded) || state.broken {
-            return false;
+            return Ok(false);
         }
         let control = self.segment.control(self.rank);
         for (cell, need) in control.needs.iter().zip(&state.needs) {
@@ -113,8 +132,19 @@ impl ShmGroup {
         let ready = state.needs.iter().flatten().any(|need| self.has(need));
         if ready {
             control.sleeping.0.store(0, SeqCst);
+            return Ok(false);
         }
-        !ready
+        self.call_to_round(&state, transport)?;
+        Ok(true)
+    }
+
+    /// Wakes those who sleep and have not spoken in the round that this rank has.
+    fn call_to_round(&self, state: &State, transport: &mut dyn Transport) -> Result<()> {
+        let Some(Need { by: By::All, count, .. }) = state.needs[Phase::Speak as usize] else { return Ok(()) };
+        for peer in self.peers().filter(|&peer| self.counter(peer, Phase::Speak) < count) {
+            self.ring(peer, transport)?;
+        }
+        Ok(())
     }
 
     /// Announces that this rank polls again, so that nobody rings in vain.
@@ -141,9 +171,10 @@ impl ShmGroup {
     /// Whether a need is met. Acquires what the peers wrote before.
     pub(super) fn meets(&self, state: &mut State, need: &Need) -> bool {
         match need.by {
-            Some(rank) if rank == self.rank => state.mine[need.phase as usize] >= need.count,
-            Some(rank) => self.counter(rank, need.phase) >= need.count,
-            None => {
+            By::One(rank) if rank == self.rank => state.mine[need.phase as usize] >= need.count,
+            By::One(rank) => self.counter(rank, need.phase) >= need.count,
+            By::Any => self.peers().any(|peer| self.counter(peer, need.phase) >= need.count),
+            By::All => {
                 let seen = &mut state.seen[need.phase as usize];
                 if *seen < need.count {
                     *seen = self.least(need.phase, Some(self.rank));
@@ -158,13 +189,30 @@ impl ShmGroup {
         state.mine[phase as usize] += 1;
         let counter = &self.segment.control(self.rank).counters[phase as usize].0;
         counter.store(state.mine[phase as usize], SeqCst);
-        for peer in (0..self.size).filter(|&peer| peer != self.rank) {
-            let sleeping = &self.segment.control(peer).sleeping.0;
-            if sleeping.load(SeqCst) != 0 && self.would_wake(peer) && sleeping.swap(0, SeqCst) != 0 {
-                transport.ring(peer)?;
+        for peer in self.peers() {
+            if self.is_asleep(peer) && self.would_wake(peer) {
+                self.ring(peer, transport)?;
             }
         }
         Ok(())
+    }
+
+    /// Wakes a peer if it sleeps; only one of those who try does it.
+    fn ring(&self, peer: usize, transport: &mut dyn Transport) -> Result<()> {
+        match self.is_asleep(peer) && self.segment.control(peer).sleeping.0.swap(0, SeqCst) != 0 {
+            true => transport.ring(peer),
+            false => Ok(()),
+        }
+    }
+
+    fn is_asleep(&self, rank: usize) -> bool {
+        self.segment.control(rank).sleeping.0.load(SeqCst) != 0
+    }
+
+    /// All ranks but this one.
+    pub(super) fn peers(&self) -> impl Iterator<Item = usize> + use<> {
+        let own = self.rank;
+        (0..self.size).filter(move |&rank| rank != own)
     }
 
     /// As [`ShmGroup::advance`], where nobody can be waiting for it.
@@ -173,19 +221,22 @@ impl ShmGroup {
         self.segment.control(self.rank).counters[phase as usize].0.store(state.mine[phase as usize], Release);
     }
 
+    /// Whether a sleeping peer has what it needs now. Who waits for any rank to begin a round is not woken for that.
     fn would_wake(&self, peer: usize) -> bool {
-        self.segment.control(peer).needs.iter().any(|cell| self.has(&cell.read(self.size)))
+        let needs = self.segment.control(peer).needs.iter().map(|cell| cell.read(self.size));
+        needs.filter(|need| need.by != By::Any).any(|need| self.has(&need))
     }
 
     /// Whether a need is met, as the segment shows it.
     fn has(&self, need: &Need) -> bool {
         match need.by {
-            Some(rank) => self.counter(rank, need.phase) >= need.count,
-            None => self.least(need.phase, None) >= need.count,
+            By::One(rank) => self.counter(rank, need.phase) >= need.count,
+            By::All => self.least(need.phase, None) >= need.count,
+            By::Any => self.peers().any(|peer| self.counter(peer, need.phase) >= need.count && self.is_asleep(peer)),
         }
     }
 
-    fn counter(&self, rank: usize, phase: Phase) -> u64 {
+    pub(super) fn counter(&self, rank: usize, phase: Phase) -> u64 {
         self.segment.control(rank).counters[phase as usize].0.load(SeqCst)
     }
 
@@ -232,9 +283,15 @@ impl State {
 
 impl NeedCell {
     fn publish(&self, need: Option<&Need>) {
-        let (phase, by, count) = need.map_or((Phase::Stage, None, u64::MAX), |need| (need.phase, need.by, need.count));
+        let never = Need { phase: Phase::Stage, by: By::All, count: u64::MAX };
+        let Need { phase, by, count } = *need.unwrap_or(&never);
+        let by = match by {
+            By::All => NeedCell::ALL,
+            By::Any => NeedCell::ANY,
+            By::One(rank) => rank as u32,
+        };
         self.counter.store(phase as u32, Relaxed);
-        self.by.store(by.map_or(NeedCell::ALL, |rank| rank as u32), Relaxed);
+        self.by.store(by, Relaxed);
         self.count.store(count, Release);
     }
 
@@ -244,9 +301,14 @@ impl NeedCell {
         let phase = match self.counter.load(Relaxed) {
             0 => Phase::Stage,
             1 => Phase::Reduce,
-            _ => Phase::Copy,
+            2 => Phase::Copy,
+            _ => Phase::Speak,
         };
-        let by = Some(self.by.load(Relaxed) as usize).filter(|&rank| rank < size);
+        let by = match self.by.load(Relaxed) {
+            NeedCell::ANY => By::Any,
+            rank if (rank as usize) < size => By::One(rank as usize),
+            _ => By::All,
+        };
         Need { phase, by, count }
     }
 }

@@ -37,6 +37,7 @@
 
 mod allreduce;
 mod alltoall;
+mod board;
 mod cut;
 mod form;
 mod group;
@@ -47,6 +48,7 @@ mod stream;
 
 pub use allreduce::{Part, ShmAllreduce};
 pub use alltoall::ShmAlltoall;
+pub use board::ShmBoard;
 pub use cut::DIRECT_BYTES;
 pub use group::ShmGroup;
 pub use movement::{ShmAllgather, ShmBarrier, ShmBroadcast};

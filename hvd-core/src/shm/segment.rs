@@ -12,8 +12,13 @@ use rustix::mm::{MapFlags, ProtFlags};
 /// How many pieces are in flight at most: each rank has this many slots.
 pub const PIECES: usize = 4;
 
-/// Bytes of a control page, and of the head page that carries the nonce.
-const PAGE: usize = 4096;
+/// How many counters a rank has.
+pub(super) const PHASES: usize = 4;
+
+/// Bytes of a control page, of a page of the board, and of the head page that carries the nonce.
+pub(super) const PAGE: usize = 4096;
+/// What a rank says in a round is read by others while it speaks in the next.
+const PAGES_PER_BOARD: usize = 2;
 /// Slots begin at a multiple of this, for the vector units.
 const ALIGN: usize = 64;
 /// Added between slots, so that equal offsets of two slots do not compete for the same cache sets and store buffers.
@@ -34,12 +39,12 @@ pub(super) struct Padded<T>(pub T);
 /// What a rank tells the others. Written by its rank, except that a peer takes `sleeping` back when it rings.
 #[repr(C)]
 pub(super) struct Control {
-    /// How many pieces have been staged, reduced, copied out.
-    pub counters: [Padded<AtomicU64>; 3],
+    /// How many pieces have been staged, reduced, copied out, and in how many rounds the rank has spoken.
+    pub counters: [Padded<AtomicU64>; PHASES],
     /// 1 while the rank sleeps or is about to.
     pub sleeping: Padded<AtomicU32>,
     /// What it sleeps for: any one of these.
-    pub needs: [NeedCell; 3],
+    pub needs: [NeedCell; PHASES],
 }
 
 /// A condition that a sleeping rank waits for, as its peers read it.
@@ -49,18 +54,20 @@ pub(super) struct NeedCell {
     pub count: AtomicU64,
     /// Which counter.
     pub counter: AtomicU32,
-    /// Whose: a rank, or [`NeedCell::ALL`].
+    /// Whose: a rank, [`NeedCell::ALL`] or [`NeedCell::ANY`].
     pub by: AtomicU32,
 }
 
 impl NeedCell {
     /// Stands for every rank.
     pub const ALL: u32 = u32::MAX;
+    /// Stands for whichever rank comes first.
+    pub const ANY: u32 = u32::MAX - 1;
 }
 
 const _: () = assert!(size_of::<Control>() <= PAGE);
 
-/// Where things are in a segment: a head page, a control page per rank, then the slots.
+/// Where things are in a segment: a head page, a control page and the pages of the board per rank, then the slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     ranks: usize,
@@ -87,7 +94,12 @@ impl Layout {
 
     fn total(&self) -> usize {
         let slots = self.stride() * self.ranks * PIECES;
-        PAGE * (1 + self.ranks) + slots.next_multiple_of(PAGE)
+        self.pages() + slots.next_multiple_of(PAGE)
+    }
+
+    /// Bytes of all that comes before the slots.
+    fn pages(&self) -> usize {
+        PAGE * (1 + self.ranks * (1 + PAGES_PER_BOARD))
     }
 
     fn control(&self, rank: usize) -> usize {
@@ -95,10 +107,15 @@ impl Layout {
         PAGE * (1 + rank)
     }
 
+    fn board(&self, rank: usize, round: u64) -> usize {
+        assert!(rank < self.ranks, "rank {rank} of {}", self.ranks);
+        PAGE * (1 + self.ranks + PAGES_PER_BOARD * rank + (round % PAGES_PER_BOARD as u64) as usize)
+    }
+
     fn slot(&self, rank: usize, piece: u64) -> usize {
         assert!(rank < self.ranks, "rank {rank} of {}", self.ranks);
         let index = (piece % PIECES as u64) as usize * self.ranks + rank;
-        PAGE * (1 + self.ranks) + index * self.stride()
+        self.pages() + index * self.stride()
     }
 }
 
@@ -158,6 +175,12 @@ impl Segment {
         unsafe { self.base.add(self.layout.control(rank)).cast().as_ref() }
     }
 
+    /// A rank's page of the board for a round. The next round has another, the one after it this one again.
+    pub fn board(&self, rank: usize, round: u64) -> *mut [u8; PAGE] {
+        // SAFETY: the page lies within the mapping.
+        unsafe { self.base.add(self.layout.board(rank, round)).cast().as_ptr() }
+    }
+
     /// Part of a rank's slot for a piece, to read.
     ///
     /// # Safety
@@ -206,7 +229,14 @@ mod tests {
         let mut starts: Vec<_> =
             (0..PIECES as u64).flat_map(|piece| (0..3).map(move |rank| layout.slot(rank, piece))).collect();
         starts.sort_unstable();
-        assert!(starts[0] >= PAGE * 4);
+        assert!(starts[0] >= PAGE * 10);
+        let pages: std::collections::BTreeSet<_> = (0..3)
+            .flat_map(|rank| [layout.control(rank), layout.board(rank, 0), layout.board(rank, 1)])
+            .chain([0])
+            .collect();
+        assert_eq!(pages.len(), 10);
+        assert!(pages.iter().all(|page| page % PAGE == 0 && page + PAGE <= starts[0]));
+        assert_eq!(layout.board(1, 2), layout.board(1, 0));
         assert!(starts.windows(2).all(|pair| pair[1] - pair[0] >= 128));
         assert!(starts.last().unwrap() + 128 <= layout.total());
         assert_eq!(layout.slot(1, 2), layout.slot(1, 2 + PIECES as u64));

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::group::{Need, Phase, ShmGroup, State};
+use super::group::{By, Need, Phase, ShmGroup, State};
 use super::segment::PIECES;
 use crate::error::Result;
 use crate::transport::Transport;
@@ -91,15 +91,15 @@ impl Stream {
     }
 
     fn need(&self, plan: &impl Plan, phase: Phase, piece: u64) -> Option<Need> {
-        let all = |phase, count| Some(Need { phase, by: None, count });
+        let all = |phase, count| Some(Need { phase, by: By::All, count });
         match phase {
             Phase::Stage if self.writes(plan) => all(Phase::Copy, (piece + 1).saturating_sub(PIECES as u64)),
             Phase::Reduce if plan.reduces() => all(Phase::Stage, piece + 1),
-            Phase::Stage | Phase::Reduce => None,
+            Phase::Stage | Phase::Reduce | Phase::Speak => None,
             Phase::Copy if plan.reduces() => all(Phase::Reduce, piece + 1),
             Phase::Copy => match plan.writers() {
                 Writers::All => all(Phase::Stage, piece + 1),
-                Writers::One(root) => Some(Need { phase: Phase::Stage, by: Some(root), count: piece + 1 }),
+                Writers::One(root) => Some(Need { phase: Phase::Stage, by: By::One(root), count: piece + 1 }),
             },
         }
     }
@@ -121,7 +121,7 @@ impl Stream {
             Phase::Stage if self.writes(plan) => plan.stage(&self.group, piece, index),
             Phase::Reduce if plan.reduces() => plan.reduce(&self.group, piece, index),
             Phase::Copy => plan.copy(&self.group, piece, index),
-            Phase::Stage | Phase::Reduce => {
+            Phase::Stage | Phase::Reduce | Phase::Speak => {
                 self.group.advance_silently(state, phase);
                 return Ok(());
             }

@@ -87,14 +87,18 @@ fn die_with_launcher(launcher: Launcher) -> Result<()> {
     }
 }
 
-/// One rank of a world of threads.
-pub(super) fn thread_rank(transport: ThreadTransport, config: &Config) -> Result<World> {
+/// One rank of a world of threads, with or without shared memory.
+pub(super) fn thread_rank(mut transport: ThreadTransport, config: &Config, share: bool) -> Result<World> {
     let (rank, size) = (transport.rank(), transport.size());
     let topology = Topology { rank, size, local_rank: rank, local_size: size, cross_rank: 0, cross_size: 1 };
     if size == 1 {
         return observed(wrap(topology, Backend::Solo, Arc::default(), None), config);
     }
-    observed(start(Box::new(transport), None, topology, config)?, config)
+    let shared = match share {
+        true => ShmGroup::form(&mut transport, config.shm_slot_bytes, Instant::now() + config.start_timeout)?,
+        false => None,
+    };
+    observed(start(Box::new(transport), shared, topology, config)?, config)
 }
 
 fn start(

@@ -114,7 +114,19 @@ impl World {
     /// # Panics
     /// If the closure panics on any rank, or if no thread can be started.
     pub fn threads_with<R: Send>(size: usize, config: &Config, rank: impl Fn(World) -> R + Sync) -> Vec<R> {
-        let run = |transport: ThreadTransport| match bootstrap::thread_rank(transport, config) {
+        World::on_threads(size, config, false, rank)
+    }
+
+    /// As [`World::threads_with`], where the ranks share memory as the processes of one host do ([`Backend::Shm`]).
+    ///
+    /// # Panics
+    /// As [`World::threads_with`].
+    pub fn threads_sharing<R: Send>(size: usize, config: &Config, rank: impl Fn(World) -> R + Sync) -> Vec<R> {
+        World::on_threads(size, config, true, rank)
+    }
+
+    fn on_threads<R: Send>(size: usize, config: &Config, share: bool, rank: impl Fn(World) -> R + Sync) -> Vec<R> {
+        let run = |transport: ThreadTransport| match bootstrap::thread_rank(transport, config, share) {
             Ok(world) => rank(world),
             Err(error) => panic!("a rank on a thread did not start: {error}"),
         };

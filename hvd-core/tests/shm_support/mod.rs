@@ -20,18 +20,22 @@ pub struct Member {
 
 impl Member {
     /// Polls operations until all are complete, sleeping where nothing moves.
+    #[allow(dead_code)] // Not every test runs operations.
     pub fn run(&mut self, ops: &mut [Box<dyn Collective>]) {
         let mut open: Vec<_> = ops.iter_mut().collect();
+        self.until(|transport| {
+            open.retain_mut(|op| !op.poll(transport).unwrap());
+            Ok(open.is_empty())
+        });
+    }
+
+    /// Polls until `done`, sleeping where nothing moves.
+    pub fn until(&mut self, mut done: impl FnMut(&mut dyn Transport) -> Result<bool>) {
         let mut vain = 0;
-        loop {
-            let before = open.len();
-            open.retain_mut(|op| !op.poll(&mut *self.transport).unwrap());
-            if open.is_empty() {
-                return;
-            }
+        while !done(&mut *self.transport).unwrap() {
             self.transport.progress().unwrap();
-            vain = if open.len() < before { 0 } else { vain + 1 };
-            if vain > self.spins && self.group.prepare_sleep() {
+            vain += 1;
+            if vain > self.spins && self.group.prepare_sleep(&mut *self.transport).unwrap() {
                 let start = Instant::now();
                 self.transport.waiter().wait(Some(Duration::from_secs(5)));
                 self.longest_nap = self.longest_nap.max(start.elapsed());
