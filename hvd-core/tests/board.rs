@@ -3,6 +3,8 @@
 mod shm_support;
 mod support;
 
+use std::time::Duration;
+
 use hvd_core::config::Config;
 use hvd_core::shm::ShmBoard;
 use hvd_core::{Error, ReduceOp, World};
@@ -49,6 +51,7 @@ proptest! {
                     let expected: Vec<_> = (0..ranks).map(|rank| Some(speech(rank, turn, &lengths))).collect();
                     assert_eq!(heard, expected);
                 }
+                assert!(member.longest_nap < Duration::from_secs(4), "a wake-up was lost");
             });
         });
     }
@@ -60,7 +63,7 @@ proptest! {
         cache_capacity in prop::sample::select(vec![0, 5, 1024]),
         spin_us in prop::sample::select(vec![0, 50]),
     ) {
-        let config = Config { cache_capacity, spin: std::time::Duration::from_micros(spin_us), ..Config::default() };
+        let config = Config { cache_capacity, spin: Duration::from_micros(spin_us), ..Config::default() };
         watched(move || {
             let results = World::threads_sharing(ranks, &config, |world| {
                 for step in 0..4 {
@@ -71,7 +74,7 @@ proptest! {
                     };
                     let handles = order.iter().map(submit).collect::<Result<Vec<_>, Error>>()?;
                     for (tensor, handle) in handles {
-                        let sum = (0..ranks).map(|rank| (rank + tensor + step) as i64).sum();
+                        let sum: i64 = (0..ranks).map(|rank| (rank + tensor + step) as i64).sum();
                         assert_eq!(handle.wait()?, vec![sum; 1 + 700 * tensor]);
                     }
                 }
@@ -104,7 +107,7 @@ fn a_rank_that_is_long_silent_delays_the_others_and_nothing_is_lost() {
             for turn in 0..200 {
                 // The others begin the round, spin, fall asleep and call this rank, which has nothing to say.
                 if turn % 4 == world.rank() {
-                    std::thread::sleep(std::time::Duration::from_micros(300));
+                    std::thread::sleep(Duration::from_micros(300));
                 }
                 let mut data = [1i32; 10];
                 world.allreduce("x", &mut data, ReduceOp::Sum)?;

@@ -143,12 +143,7 @@ impl Core {
             _ => None,
         };
         Ok(Core {
-            negotiation: Negotiation::new(
-                transport.rank(),
-                transport.size(),
-                config.cache_capacity,
-                shared.as_ref(),
-            ),
+            negotiation: Negotiation::new(transport.rank(), transport.size(), config.cache_capacity, shared.as_ref()),
             backend: Backend::new(&*transport, shared, config),
             fusion_threshold_bytes: config.fusion_threshold_bytes,
             transport,

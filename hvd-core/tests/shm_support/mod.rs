@@ -33,8 +33,7 @@ impl Member {
     pub fn until(&mut self, mut done: impl FnMut(&mut dyn Transport) -> Result<bool>) {
         let mut vain = 0;
         while !done(&mut *self.transport).unwrap() {
-            self.transport.progress().unwrap();
-            vain += 1;
+            vain = if self.transport.progress().unwrap() { 0 } else { vain + 1 };
             if vain > self.spins && self.group.prepare_sleep(&mut *self.transport).unwrap() {
                 let start = Instant::now();
                 self.transport.waiter().wait(Some(Duration::from_secs(5)));
