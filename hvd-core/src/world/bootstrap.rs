@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use rustix::process::Signal;
 
-use super::{Backend, Inner, World, affinity};
+use super::{Backend, Inner, ProcessSet, World, affinity};
 use crate::config::{Config, TransportChoice, environment, remarks};
 use crate::engine::timeline::path_on_host;
 use crate::engine::{Core, Engine, Observers};
@@ -122,14 +122,9 @@ fn start(
 }
 
 fn wrap(topology: Topology, backend: Backend, observers: Arc<Observers>, engine: Option<Engine>) -> World {
-    World(Arc::new(Inner {
-        topology,
-        backend,
-        observers,
-        timeline: Mutex::default(),
-        engine,
-        unnamed: Default::default(),
-    }))
+    let ranks = (0..topology.size).collect();
+    let world = Inner { topology, observers, timeline: Mutex::default(), engine };
+    World(ProcessSet::new(Arc::new(world), ranks, backend))
 }
 
 /// The transport of this process's next world.
