@@ -306,7 +306,8 @@ impl Shared {
         false
     }
 
-    /// Steps until `done`, until the engine is over, or until nothing has moved for the time of a spin.
+    /// Steps until `done`, until the engine is over, or until nothing has moved for the time of a spin. Long messages on a slow
+    /// link are not worth a spin.
     fn drive(&self, core: &mut Core, done: impl Fn() -> bool) {
         let mut still_since = None;
         while !done() && !core.is_over() {
@@ -315,7 +316,7 @@ impl Shared {
                 continue;
             }
             let since = *still_since.get_or_insert_with(Instant::now);
-            if since.elapsed() >= self.spin {
+            if since.elapsed() >= self.spin || core.is_streaming() {
                 return;
             }
             std::hint::spin_loop();

@@ -413,6 +413,11 @@ impl Core {
         Ok(if self.negotiation.has_news() { Some(Duration::ZERO) } else { self.stall.pause(now) })
     }
 
+    /// Whether what is under way waits for a slow link.
+    pub(crate) fn is_streaming(&self) -> bool {
+        self.transport.is_streaming()
+    }
+
     /// Announces to the ranks that share memory with this one that it will sleep. `false` if it must not yet.
     pub(crate) fn prepare_sleep(&mut self) -> bool {
         let Some(group) = self.backend.shared.clone().filter(|_| !self.is_over()) else { return true };

@@ -89,6 +89,11 @@ impl Link {
         self.outgoing.is_pending() && !self.watches_writable && !self.outgoing.broken && self.closed.is_none()
     }
 
+    /// Whether a long message is under way whose next bytes the kernel will tell of.
+    pub(super) fn is_streaming(&self) -> bool {
+        self.closed.is_none() && (self.watches_writable || self.low_water_bytes > 1)
+    }
+
     /// Whether this rank's frames are all out, or can never be.
     pub(super) fn is_flushed(&self) -> bool {
         !self.outgoing.is_pending() || self.outgoing.broken || self.closed.is_some()

@@ -355,6 +355,10 @@ impl Transport for TcpTransport {
         self.progress_inner().map_err(|error| self.fail(error))
     }
 
+    fn is_streaming(&self) -> bool {
+        self.links.iter().flatten().any(Link::is_streaming)
+    }
+
     fn abort(&mut self, cause: &str) {
         self.inbox.abort = None;
         self.fail(Error::ShutDown(cause.to_owned()));
