@@ -27,7 +27,7 @@ use heartbeat::Heartbeat;
 use incoming::Inbox;
 use link::Link;
 use rendezvous::Connections;
-pub use rendezvous::{Identity, Meeting, Secret};
+pub use rendezvous::{Identity, Meeting, Secret, source_address};
 
 use super::matching::{Matching, Posted};
 use super::requests::Requests;
