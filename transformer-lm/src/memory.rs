@@ -1,4 +1,5 @@
-//! The allocator's settings for loops that make and drop the same large tensors over and over.
+//! The process's memory: how much there is, and the allocator's settings for loops that make and drop the same large tensors
+//! over and over.
 
 /// Tells the C library's allocator to keep memory that was freed.
 ///
@@ -13,5 +14,35 @@ pub fn keep_freed_memory() {
             // SAFETY: mallopt takes two numbers, may be called at any time, and ignores what it does not know.
             unsafe { libc::mallopt(name, value) };
         }
+    }
+}
+
+/// Bytes of memory that this process holds now; none where the system does not tell.
+pub fn resident_bytes() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split(' ').nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
+}
+
+/// The most bytes of memory that this process has held; none where the system does not tell.
+pub fn peak_resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_is_used_is_seen() {
+        let before = resident_bytes().unwrap();
+        let block = vec![1u8; 64 << 20];
+        let held = resident_bytes().unwrap();
+        assert!(held >= before + (32 << 20), "{before} {held}");
+        assert!(peak_resident_bytes().unwrap() >= held);
+        drop(block);
     }
 }

@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 use tempfile::TempDir;
 use transformer_lm::data::shard::HEADER_BYTES;
 use transformer_lm::data::{
-    LoaderConfig, PrepareOptions, TokenizerKind, get_dataloaders, load_preprocessed_data, prepare,
+    LoaderConfig, PrepareOptions, TokenizerKind, get_dataloaders, load_preprocessed_data, prepare, verify,
 };
 
 fn options(folder: &Path, texts: &[(&str, &[u8])], tokenizer: TokenizerKind) -> PrepareOptions {
@@ -21,8 +21,7 @@ fn options(folder: &Path, texts: &[(&str, &[u8])], tokenizer: TokenizerKind) -> 
         tokenizer,
         output: folder.join("out"),
         val_fraction: 0.25,
-        overwrite: false,
-        progress: false,
+        ..PrepareOptions::default()
     }
 }
 
@@ -60,42 +59,137 @@ fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 #[test]
 fn texts_are_joined_by_name_and_cut_in_two() {
     let folder = tempfile::tempdir().unwrap();
-    let options = options(folder.path(), &[("b.txt", b"world!"), ("a.txt", b"Hello ")], TokenizerKind::Byte);
+    let options = options(folder.path(), &[("b.txt", b"world!"), ("a.txt", b"Hello\n")], TokenizerKind::Byte);
     let summary = prepare(&options).unwrap();
     assert_eq!((summary.files, summary.bytes, summary.train_tokens, summary.val_tokens), (2, 12, 9, 3));
+    assert_eq!(summary.documents, 2);
     let data = load_preprocessed_data(&options.output).unwrap();
     assert_eq!(data.vocab_size, 256);
     let text = |tokens: Vec<i64>| data.tokenizer.decode(&tokens.iter().map(|&t| t as u32).collect::<Vec<_>>());
-    assert_eq!(text(data.train.block(8, 0).unwrap()), "Hello wor");
+    assert_eq!(text(data.train.block(8, 0).unwrap()), "Hello\nwor");
     assert_eq!(text(data.val.block(2, 0).unwrap()), "ld!");
 }
+
+/// The text that a folder's tokens stand for.
+fn text_of(folder: &Path) -> String {
+    let data = load_preprocessed_data(folder).unwrap();
+    let mut tokens = Vec::new();
+    for part in [&data.train, &data.val] {
+        part.read(0, part.tokens() as usize, &mut tokens).unwrap();
+    }
+    data.tokenizer.decode(&tokens.into_iter().map(|token| token as u32).collect::<Vec<_>>())
+}
+
+const KINDS: [TokenizerKind; 4] = [TokenizerKind::Byte, TokenizerKind::Char, TokenizerKind::Gpt2, TokenizerKind::Bpe];
 
 #[test]
 fn preparing_twice_gives_the_same_bytes_and_leaves_nothing_else() {
     let folder = tempfile::tempdir().unwrap();
-    for tokenizer in [TokenizerKind::Byte, TokenizerKind::Char, TokenizerKind::Gpt2] {
+    for tokenizer in KINDS {
         let text = "To be, or not to be: that is the quéstion. ".repeat(20);
         let options = options(folder.path(), &[("text", text.as_bytes())], tokenizer);
-        let first =
-            (prepare(&PrepareOptions { overwrite: true, ..options.clone() }).unwrap(), contents(&options.output));
-        let second =
-            (prepare(&PrepareOptions { overwrite: true, ..options.clone() }).unwrap(), contents(&options.output));
+        let options = PrepareOptions { overwrite: true, vocab_size: 300, ..options };
+        let first = (prepare(&options).unwrap(), contents(&options.output));
+        let second = (prepare(&PrepareOptions { threads: 1, ..options.clone() }).unwrap(), contents(&options.output));
         assert_eq!(first, second);
         assert_eq!(first.1.keys().collect::<Vec<_>>(), ["tokenizer.json", "train.bin", "val.bin"]);
-        let data = load_preprocessed_data(&options.output).unwrap();
-        let all: Vec<u32> = [&data.train, &data.val]
-            .iter()
-            .flat_map(|part| part.block(part.predictions() as usize, 0).unwrap())
-            .map(|token| token as u32)
-            .collect();
-        assert_eq!(data.tokenizer.decode(&all), text);
+        let end = if first.0.tokenizer.len() == 4 && first.0.tokenizer != "gpt2" { "" } else { "<|endoftext|>" };
+        assert_eq!(text_of(&options.output), text + end);
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
 }
 
 #[test]
-fn what_cannot_be_prepared_is_refused_and_leaves_nothing() {
+fn documents_are_set_apart() {
     let folder = tempfile::tempdir().unwrap();
+    let lines = "{\"body\": \"one\\n\", \"n\": 1}\n\n{\"body\": \"twö\"}\n{\"body\": \"\"}\n{\"body\": \"three\"}";
+    let texts: [(&str, &[u8]); 3] = [("a.jsonl", lines.as_bytes()), ("b.txt", b"four"), ("c.txt", b"five")];
+    for tokenizer in KINDS {
+        let options =
+            PrepareOptions { field: "body".into(), overwrite: true, ..options(folder.path(), &texts, tokenizer) };
+        let summary = prepare(&options).unwrap();
+        assert_eq!((summary.files, summary.documents), (3, 5));
+        let expected = match tokenizer {
+            TokenizerKind::Byte | TokenizerKind::Char => "one\ntwö\nthree\nfour\nfive".to_string(),
+            _ => ["one\n", "twö", "three", "four", "five"].map(|text| format!("{text}<|endoftext|>")).concat(),
+        };
+        assert_eq!(text_of(&options.output), expected);
+    }
+}
+
+#[test]
+fn a_byte_pair_encoding_has_as_many_tokens_as_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let text: String = (0..3000).map(|i| format!("word{} ", i * i % 997)).collect();
+    let options = options(folder.path(), &[("text", text.as_bytes())], TokenizerKind::Bpe);
+    for vocab_size in [257, 300, 600] {
+        let options = PrepareOptions { vocab_size, overwrite: true, ..options.clone() };
+        let summary = prepare(&options).unwrap();
+        assert_eq!(summary.vocab_size, vocab_size);
+        assert_eq!(load_preprocessed_data(&options.output).unwrap().vocab_size, vocab_size);
+    }
+    let tokens = |vocab_size| {
+        let summary = prepare(&PrepareOptions { vocab_size, overwrite: true, ..options.clone() }).unwrap();
+        summary.train_tokens + summary.val_tokens
+    };
+    assert!(tokens(600) * 2 < tokens(257));
+}
+
+#[test]
+fn several_shards_read_as_one() {
+    let (whole, _) = prepared(1000, 0.3);
+    let folder = tempfile::tempdir().unwrap();
+    let text = std::fs::read(whole.path().join("text")).unwrap();
+    let options = options(folder.path(), &[("text", &text)], TokenizerKind::Byte);
+    let options = PrepareOptions { val_fraction: 0.3, shard_tokens: 150, overwrite: true, ..options };
+    prepare(&options).unwrap();
+    prepare(&options).expect("shards can be replaced");
+    let names: Vec<String> = contents(&options.output).into_keys().collect();
+    assert_eq!(names.iter().filter(|name| name.starts_with("train-0000")).count(), 5);
+    assert!(names.contains(&"val-00001-of-00002.bin".to_string()), "{names:?}");
+    let data = load_preprocessed_data(&options.output).unwrap();
+    let single = load_preprocessed_data(whole.path().join("out")).unwrap();
+    assert_eq!(data.train.tokens(), single.train.tokens());
+    for seq_len in [7, 149, 150, 151, 400] {
+        for block in 0..data.train.blocks(seq_len) {
+            assert_eq!(data.train.block(seq_len, block).unwrap(), single.train.block(seq_len, block).unwrap());
+        }
+    }
+    std::fs::remove_file(options.output.join("train-00003-of-00005.bin")).unwrap();
+    let error = load_preprocessed_data(&options.output).unwrap_err().to_string();
+    assert!(error.contains("train-00003-of-00005.bin"), "{error}");
+}
+
+#[test]
+fn what_was_prepared_is_read_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "A line of text, quite lóng.\n".repeat(100_000);
+    let texts: [(&str, &[u8]); 2] = [("a.txt", text.as_bytes()), ("b.txt", b"and more")];
+    for tokenizer in KINDS {
+        let options = PrepareOptions { overwrite: true, vocab_size: 280, ..options(folder.path(), &texts, tokenizer) };
+        let summary = prepare(&options).unwrap();
+        let verified = verify(&options.output).unwrap();
+        assert_eq!((verified.checksum, verified.bytes), (summary.checksum, text.len() as u64 + 8));
+        assert_eq!((verified.train_tokens, verified.val_tokens), (summary.train_tokens, summary.val_tokens));
+    }
+}
+
+#[test]
+fn batches_read_ahead_are_those_read_when_asked_for() {
+    let (_folder, data) = prepared(1000, 0.1);
+    let (train, _) = get_dataloaders(&config(&data, 1, 2)).unwrap();
+    let flat = |batches: Vec<Tensor>| batches.iter().flat_map(rows).collect::<Vec<_>>();
+    for workers in [0, 1, 3] {
+        let ahead = train.stream(2, 5, workers).take(10).map(|batches| flat(batches.unwrap()));
+        let positions = (5..7).map(|step| (2, step)).chain((0..7).map(|step| (3, step))).chain([(4, 0)]);
+        let direct: Vec<_> = positions.map(|(epoch, step)| flat(train.step(epoch, step).unwrap())).collect();
+        assert_eq!(ahead.collect::<Vec<_>>(), direct, "{workers} threads");
+    }
+}
+
+#[test]
+fn what_cannot_be_prepared_is_refused_and_leaves_nothing() {
+    let (folder, empty) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let good = options(folder.path(), &[("text", b"some text that is long enough")], TokenizerKind::Byte);
     let with = |name: &str, text: &[u8], tokenizer| {
         let input = options(folder.path(), &[(name, text)], tokenizer).input;
@@ -107,7 +201,13 @@ fn what_cannot_be_prepared_is_refused_and_leaves_nothing() {
         (with("latin", b"caf\xe9 au lait", TokenizerKind::Char), "no UTF-8 at byte 3"),
         (with("latin", b"caf\xe9 au lait", TokenizerKind::Gpt2), "use --tokenizer byte"),
         (PrepareOptions { input: vec![folder.path().join("nowhere")], ..good.clone() }, "nowhere: No such file"),
-        (PrepareOptions { input: vec![folder.path().into()], ..good.clone() }, "not a file"),
+        (PrepareOptions { input: vec![empty.path().into()], ..good.clone() }, "no text file here"),
+        (with("bad1.jsonl", b"{\"text\": \"a\"}\nnonsense\n", TokenizerKind::Byte), "line 2: not JSON"),
+        (with("bad2.jsonl", b"{\"txt\": \"a\"}", TokenizerKind::Byte), "line 1: no field `text` among [\"txt\"]"),
+        (with("bad3.jsonl", b"{\"text\": 3}", TokenizerKind::Byte), "its field `text` is 3"),
+        (with("bad4.jsonl", b"[]", TokenizerKind::Byte), "not a JSON object"),
+        (PrepareOptions { vocab_size: 100, ..with("text", b"some text", TokenizerKind::Bpe) }, "at least 257"),
+        (PrepareOptions { shard_tokens: 0, ..good.clone() }, "--shard-tokens 0"),
         (PrepareOptions { val_fraction: 1.0, ..good.clone() }, "--val-fraction 1"),
         (PrepareOptions { val_fraction: f64::NAN, ..good.clone() }, "--val-fraction NaN"),
         (PrepareOptions { output: good.input[0].clone(), ..good.clone() }, "a file is in the way"),

@@ -146,10 +146,11 @@ fn the_loop_reads_lines_from_a_pipe() {
     assert!(!text.contains("never") && !text.contains('\u{1b}'));
 }
 
-fn terminal(checkpoint: &Path, max_new_tokens: &str) -> PtySession {
+/// A conversation whose settings are kept beside the checkpoint.
+fn terminal(checkpoint: &Path, args: &[&str]) -> PtySession {
     let mut command = command(checkpoint);
-    command.args(["--interactive", "--max_new_tokens", max_new_tokens, "--temperature", "0.5"]);
-    command.env("TERM", "xterm");
+    command.arg("--interactive").args(args);
+    command.env("TERM", "xterm").env("XDG_CONFIG_HOME", checkpoint.with_file_name("settings"));
     let mut session = rexpect::session::spawn_command(command, Some(WATCHDOG_MS)).unwrap();
     session.exp_string("/help shows").unwrap();
     session.exp_string("> ").unwrap();
@@ -159,12 +160,14 @@ fn terminal(checkpoint: &Path, max_new_tokens: &str) -> PtySession {
 #[test]
 fn a_conversation_at_a_terminal() {
     let (_folder, path) = checkpoint();
-    let mut session = terminal(&path, "8");
+    let mut session = terminal(&path, &["--max_new_tokens", "8", "--temperature", "0.5"]);
     session.send_line("/help").unwrap();
     session.exp_string("/set NAME VALUE").unwrap();
     session.exp_string("> ").unwrap();
     session.send_line("/set temperature 0.7").unwrap();
-    session.exp_string("temperature 0.7, top_k 50, top_p 0.9, max_new_tokens 8, seed 42").unwrap();
+    session
+        .exp_string("temperature 0.7, top_k 50, top_p 0.9, min_p 0, repetition_penalty 1, max_new_tokens 8")
+        .unwrap();
     session.send_line("Hello").unwrap();
     session.exp_string("\nHello").unwrap();
     session.exp_string("> ").unwrap();
@@ -190,7 +193,7 @@ fn a_conversation_at_a_terminal() {
 #[test]
 fn ctrl_c_stops_the_reply_and_not_the_program() {
     let (_folder, path) = checkpoint();
-    let mut session = terminal(&path, "100000000");
+    let mut session = terminal(&path, &["--max_new_tokens", "100000000", "--temperature", "0.5"]);
     session.send_line("Hello").unwrap();
     session.exp_string("\nHello").unwrap();
     std::thread::sleep(std::time::Duration::from_millis(300));
@@ -202,4 +205,105 @@ fn ctrl_c_stops_the_reply_and_not_the_program() {
     session.exp_string("> ").unwrap();
     session.send_line("quit").unwrap();
     session.exp_eof().unwrap();
+}
+
+#[test]
+fn changed_settings_are_there_the_next_time_but_flags_win() {
+    let (_folder, path) = checkpoint();
+    let mut session = terminal(&path, &[]);
+    for (change, shown) in [("/set top_k 7", "top_k 7"), ("/set min-p 0.25", "min_p 0.25"), ("/set stop \\n", "stop [")]
+    {
+        session.send_line(change).unwrap();
+        session.exp_string(shown).unwrap();
+        session.exp_string("> ").unwrap();
+    }
+    session.send_line("q").unwrap();
+    session.exp_eof().unwrap();
+    let mut session = terminal(&path, &["--min_p", "0.125"]);
+    session.send_line("/settings").unwrap();
+    session.exp_string("top_k 7, top_p 0.9, min_p 0.125").unwrap();
+    session.exp_string("> ").unwrap();
+    session.send_line("q").unwrap();
+    session.exp_eof().unwrap();
+}
+
+fn converse(checkpoint: &Path, input: &str) -> String {
+    let mut child = command(checkpoint)
+        .args(["--interactive", "--max_new_tokens", "6"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    text_of(&child.wait_with_output().unwrap())
+}
+
+#[test]
+fn prompts_may_have_several_lines_and_come_from_files() {
+    let (folder, path) = checkpoint();
+    let (from, to) = (folder.path().join("from.txt"), folder.path().join("to.txt"));
+    std::fs::write(&from, "loaded\ntext").unwrap();
+    let (from, into) = (from.display(), to.display());
+    let text =
+        converse(&path, &format!("one\\\ntwo\n/load {from}\n/save {into}\n/stats\n\"\"\"\nq\n\"\"\"\n/load /none\n"));
+    let mut rest = text.as_str();
+    for part in [
+        "one\ntwo",
+        "loaded\ntext",
+        "bytes in",
+        "last reply: 6 tokens in",
+        "2 replies: 12 tokens in",
+        "q",
+        "cannot read /none",
+    ] {
+        let at = rest.find(part).unwrap_or_else(|| panic!("{part} is missing in {text:?}"));
+        rest = &rest[at + part.len()..];
+    }
+    let saved = std::fs::read_to_string(to).unwrap();
+    assert!(saved.starts_with("loaded\ntext") && saved.len() > 11 && text.contains(&saved));
+}
+
+#[test]
+fn a_text_can_come_from_a_file_and_end_early() {
+    let (folder, path) = checkpoint();
+    let file = folder.path().join("prompt.txt");
+    std::fs::write(&file, "abc\n").unwrap();
+    let whole = text_of(&run(&path, &["--prompt", "abc", "--max_new_tokens", "60"]));
+    assert_eq!(text_of(&run(&path, &["--prompt-file", file.to_str().unwrap(), "--max_new_tokens", "60"])), whole);
+    let mut child = command(&path)
+        .args(["--prompt-file", "-", "--max_new_tokens", "60"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"abc\n").unwrap();
+    assert_eq!(text_of(&child.wait_with_output().unwrap()), whole);
+
+    let added = &whole[3..];
+    let stop = added.chars().nth(20).unwrap().to_string();
+    let expected = format!("abc{}\n", &added[..added.find(&stop).unwrap()]);
+    let args = ["--prompt", "abc", "--max_new_tokens", "60", "--stop", "no such text", "--stop", &stop];
+    assert_eq!(text_of(&run(&path, &args)), expected);
+}
+
+#[test]
+fn json_has_a_line_for_each_sample() {
+    let (_folder, path) = checkpoint();
+    let args = ["--prompt", "abc", "--num-samples", "3", "--max-new-tokens", "7", "--json"];
+    let lines = text_of(&run(&path, &args));
+    let samples: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(samples.len(), 3);
+    for (sample, number) in samples.iter().zip(1..) {
+        assert_eq!((&sample["sample"], &sample["prompt"]), (&number.into(), &"abc".into()));
+        assert_eq!((&sample["tokens"], &sample["ending"]), (&7.into(), &"length".into()));
+    }
+    let greedy = |seed| {
+        text_of(&run(&path, &["--greedy", "--seed", seed, "--max-new-tokens", "20", "--repetition-penalty", "1.3"]))
+    };
+    assert_eq!(greedy("1"), greedy("2"));
+    assert_ne!(
+        greedy("1"),
+        text_of(&run(&path, &["--greedy", "--max-new-tokens", "20"])),
+        "the penalty changes nothing"
+    );
 }

@@ -207,7 +207,7 @@ fn what_cannot_be_is_refused() {
         (|c| c.d_ff = usize::MAX, "model.d_ff"),
         (|c| c.dropout = 1.0, "model.dropout"),
         (|c| c.dropout = f64::NAN, "model.dropout"),
-        (|c| c.gradient_checkpointing = true, "gradient_checkpointing"),
+        (|c| c.label_smoothing = 1.0, "model.label_smoothing"),
     ];
     for (change, message) in cases {
         let mut config = tiny();

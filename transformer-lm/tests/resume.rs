@@ -27,9 +27,7 @@ fn lab() -> Lab {
         input: vec![folder.path().join("text.txt")],
         tokenizer: TokenizerKind::Byte,
         output: data.clone(),
-        val_fraction: 0.1,
-        overwrite: false,
-        progress: false,
+        ..PrepareOptions::default()
     };
     prepare(&options).unwrap();
     let text = format!(
@@ -108,7 +106,7 @@ fn resumes_to_the_bit_from_any_checkpoint() {
         ["checkpoint_epoch1_step7", "checkpoint_epoch1_step14", "checkpoint_epoch1_step21", "checkpoint_epoch2_step28"];
     let mut expected: Vec<&str> = ["best_model", "checkpoint_epoch1", "final_model"].into();
     expected.extend(steps);
-    expected.extend(["config_used.yaml", "metrics.csv", "run_metadata.json", "tensorboard"]);
+    expected.extend(["config_used.yaml", "metrics.csv", "metrics.jsonl", "run_metadata.json", "tensorboard"]);
     expected.sort();
     assert_eq!(names(&run), expected);
 
@@ -140,6 +138,9 @@ fn a_damaged_checkpoint_is_passed_over() {
 
     lab.train("damaged", Some(Resume::Auto)).unwrap();
     assert_same_end(&run, &copy);
+    let aside = copy.join("superseded");
+    assert_eq!(names(&aside), ["checkpoint_epoch1_step14"]);
+    std::fs::remove_dir_all(aside).unwrap();
     assert_eq!(names(&run), names(&copy));
 }
 
@@ -180,6 +181,91 @@ fn an_impossible_run_is_refused_before_it_leaves_a_trace() {
     let message = lab.train("none", None).unwrap_err().to_string();
     assert!(message.contains("nowhere: no such folder"), "{message}");
     assert!(!lab.path("none").exists());
+}
+
+#[test]
+fn what_is_computed_twice_changes_nothing() {
+    let mut lab = lab();
+    lab.config.model.dropout = 0.0;
+    let kept = lab.train("kept", None).unwrap().run.unwrap();
+    lab.config.training.gradient_checkpointing = true;
+    assert_same_end(&kept, &lab.train("recomputed", None).unwrap().run.unwrap());
+    lab.config.model.dropout = 0.1;
+    let first = lab.train("first", None).unwrap().run.unwrap();
+    let copy = lab.rewound(&first, "second", &["checkpoint_epoch1_step14"]);
+    lab.train("second", Some(Resume::Auto)).unwrap();
+    assert_same_end(&first, &copy);
+}
+
+#[test]
+fn going_on_before_later_checkpoints_sets_them_aside() {
+    let mut lab = lab();
+    lab.config.training.keep_checkpoints = 2;
+    let run = lab.train("runs", None).unwrap().run.unwrap();
+    let copy = lab.rewound(
+        &run,
+        "copy",
+        &["checkpoint_epoch1_step21", "checkpoint_epoch2_step28", "best_model", "final_model"],
+    );
+    let started = Resume::Path(copy.join("checkpoint_epoch1_step21"));
+    lab.config.training.max_steps = Some(23);
+    lab.train("copy", Some(started)).unwrap();
+    assert_eq!(names(&copy.join("superseded")), ["best_model", "checkpoint_epoch2_step28", "final_model"]);
+    assert!(copy.join("checkpoint_epoch1_step21").exists() && copy.join("final_model").exists());
+}
+
+#[test]
+fn training_ends_when_the_validation_loss_no_longer_falls() {
+    let mut lab = lab();
+    lab.config.training.early_stopping_patience = Some(2);
+    lab.config.training.eval_interval = 1;
+    lab.config.training.learning_rate = 0.05; // too high to settle
+    let summary = lab.train("early", None).unwrap();
+    let run = summary.run.unwrap();
+    assert!(summary.global_step < 30, "{}", summary.global_step);
+    let losses: Vec<f64> = rows(&run)
+        .iter()
+        .filter(|row| row.starts_with("val"))
+        .map(|row| row.split(',').nth(5).unwrap().parse().unwrap())
+        .collect();
+    let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
+    assert_eq!(losses.iter().position(|loss| *loss == best).unwrap(), losses.len() - 3);
+    assert!(run.join("final_model").exists());
+    let rewound = lab.rewound(&run, "again", &["final_model"]);
+    assert_eq!(lab.train("again", Some(Resume::Path(rewound))).unwrap().global_step, summary.global_step);
+}
+
+#[test]
+fn updates_that_are_not_finite_are_skipped_and_then_end_training() {
+    let mut lab = lab();
+    lab.config.training.learning_rate = 1e30;
+    lab.config.training.max_grad_norm = 0.0;
+    lab.config.training.max_skipped_in_a_row = 4;
+    let message = lab.train("skipped", None).unwrap_err().to_string();
+    assert!(message.contains("5 updates in a row had to be skipped") && message.contains("hint: lower"), "{message}");
+}
+
+#[test]
+fn the_record_holds_every_figure_and_a_sample() {
+    let lab = lab();
+    let run = lab.train("record", None).unwrap().run.unwrap();
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of = |phase: &str| lines.iter().filter(|line| line["phase"] == phase).collect::<Vec<_>>();
+    for row in of("train") {
+        for name in ["loss", "lr", "grad_norm", "step_ms", "mfu", "memory_bytes", "waiting", "throughput"] {
+            assert!(row[name].as_f64().is_some_and(|value| value > 0.0), "{name}: {row}");
+        }
+        assert_eq!(row["skipped"], 0);
+    }
+    for row in of("val") {
+        // Of bytes each is one: bits are nats over ln 2.
+        let bits = row["loss"].as_f64().unwrap() / std::f64::consts::LN_2;
+        assert!((row["bits_per_byte"].as_f64().unwrap() - bits).abs() < 1e-9 && row["tokens"] == 175.0, "{row}");
+    }
+    assert_eq!(of("sample").len(), of("val").len());
+    assert!(of("sample").iter().all(|line| !line["text"].as_str().unwrap().is_empty()));
+    assert_eq!(rows(&run).len() - 1, of("train").len() + of("val").len());
 }
 
 #[test]

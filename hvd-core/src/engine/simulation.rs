@@ -8,10 +8,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::message::{Signature, SignatureKind, TensorSignature};
+use super::message::Signature;
 use super::negotiation::{Negotiation, Verdict};
-use super::submission::Allreduce;
-use crate::device::Device;
+use super::submission::{Allreduce, OpKind, Output, Submission};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -124,7 +123,7 @@ impl Simulation {
         let mut missing: Vec<HashSet<&str>> = vec![names.iter().map(String::as_str).collect(); self.ranks.len()];
         let mut rounds = 0;
         for (rank, missing) in missing.iter_mut().enumerate() {
-            names.iter().for_each(|name| self.ranks[rank].submit(name, signature(), Vec::new()));
+            names.iter().for_each(|name| self.ranks[rank].submit(name, signature(name), None));
             rounds += self.poll(rank, missing)?;
         }
         while missing.iter().any(|names| !names.is_empty()) {
@@ -157,9 +156,15 @@ impl Simulation {
     }
 }
 
-fn signature() -> Signature {
-    let tensor = TensorSignature { dtype: DType::F32, shape: vec![1024] };
-    Signature { kind: SignatureKind::Allreduce(Allreduce::sum().into()), device: Device::Cpu, tensors: vec![tensor] }
+fn signature(name: &str) -> Signature {
+    Signature::of(&Submission {
+        name: name.into(),
+        kind: OpKind::Allreduce(Allreduce::sum()),
+        dtype: DType::F32,
+        shape: vec![1024],
+        input: Memory::empty(),
+        output: Output::InPlace,
+    })
 }
 
 fn stuck(detail: &str) -> Error {

@@ -2,4 +2,3 @@
 #![deny(missing_docs)]
 
 pub mod perf;
-pub mod run;

@@ -53,6 +53,9 @@ pub(super) fn publish(temporary: &Path, target: &Path) -> Result<()> {
         std::fs::rename(temporary, target).map_err(Error::io("rename", temporary))?;
         return sync(parent);
     }
+    if !target.is_dir() {
+        return Err(Error::checkpoint(target, "a file of that name is in the way"));
+    }
     match renameat_with(CWD, temporary, CWD, target, RenameFlags::EXCHANGE) {
         Ok(()) => {}
         Err(Errno::INVAL | Errno::NOSYS) => replace_in_two_steps(temporary, target)?,

@@ -6,6 +6,9 @@ use super::files::discard;
 use super::state::{CheckpointState, read_state, verify};
 use crate::{Error, Result};
 
+/// Where [`set_aside_later`] puts checkpoints.
+const SUPERSEDED: &str = "superseded";
+
 /// What [`find_newest`] found.
 #[derive(Debug, Default)]
 pub struct Found {
@@ -66,6 +69,27 @@ pub fn prune(folder: &Path, keep: usize) -> Result<()> {
     steps.sort();
     let surplus = if keep == 0 { 0 } else { steps.len().saturating_sub(keep) };
     steps[..surplus].iter().try_for_each(|(_, path)| discard(path))
+}
+
+/// Moves the checkpoints with more than `global_step` updates, and those that cannot be read, into the folder `superseded` within
+/// `folder`: training goes on before them, so they are of another future. Gives their new places.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn set_aside_later(folder: &Path, global_step: u64) -> Result<Vec<PathBuf>> {
+    let is_later = |path: &PathBuf| read_state(path).map_or(true, |state| state.global_step > global_step);
+    let mut moved = Vec::new();
+    for path in checkpoints(folder)?.into_iter().filter(is_later) {
+        let aside = folder.join(SUPERSEDED);
+        std::fs::create_dir_all(&aside).map_err(Error::io("create", &aside))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let numbered = (2..).map(|n| aside.join(format!("{name}-{n}")));
+        let target = std::iter::once(aside.join(&*name)).chain(numbered).find(|target| !target.exists());
+        let target = target.unwrap_or_else(|| aside.join(&*name));
+        std::fs::rename(&path, &target).map_err(Error::io("rename", &path))?;
+        moved.push(target);
+    }
+    Ok(moved)
 }
 
 /// The checkpoint that a person means by `path`: itself, or in a run's folder its `best_model`, else its newest

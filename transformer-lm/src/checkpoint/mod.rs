@@ -6,6 +6,7 @@
 //!   checkpoint_epoch1/              at the end of an epoch
 //!   best_model/                     lowest validation loss so far
 //!   final_model/                    the last one
+//!   superseded/                     later ones than a resume went on from
 //!     model.safetensors             weights
 //!     optimizer.safetensors         AdamW's moments and step counts
 //!     state.json                    position, figures and the checksums of the other files
@@ -18,6 +19,7 @@
 
 mod files;
 mod find;
+mod saver;
 mod state;
 
 use std::path::{Path, PathBuf};
@@ -30,8 +32,9 @@ use crate::model::TransformerLM;
 use crate::{Error, Result};
 
 pub use files::{clean_leftovers, write_atomically};
-pub use find::{Found, find_newest, prune, resolve};
-pub use state::{CheckpointState, FORMAT_VERSION, ScalerState, read_state, verify};
+pub use find::{Found, find_newest, prune, resolve, set_aside_later};
+pub use saver::{Saver, Snapshot};
+pub use state::{CheckpointState, FORMAT_VERSION, GuardState, ScalerState, read_state, verify};
 
 /// What goes into a checkpoint.
 #[derive(Debug)]

@@ -43,6 +43,12 @@ pub struct CheckpointState {
     pub wall_time: f64,
     /// The loss scaler of fp16.
     pub scaler: Option<ScalerState>,
+    /// What decides which updates are skipped.
+    #[serde(default)]
+    pub guard: GuardState,
+    /// Validations since the one with the lowest loss.
+    #[serde(default)]
+    pub validations_since_best: u64,
     /// SHA-256 of every other file, in hexadecimal.
     #[serde(default)]
     pub files: BTreeMap<String, String>,
@@ -55,6 +61,19 @@ pub struct ScalerState {
     pub scale: f64,
     /// Updates since the last overflow.
     pub good_steps: u64,
+}
+
+/// What the guard against bad updates has seen.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GuardState {
+    /// Updates skipped since the start of training.
+    pub skipped: u64,
+    /// Updates skipped since the last one that was made.
+    pub in_a_row: u64,
+    /// The last losses, the oldest first.
+    pub losses: Vec<f64>,
+    /// The last gradient norms, the oldest first.
+    pub norms: Vec<f64>,
 }
 
 /// Writes `state.json` with the checksums of the files that are in `folder` now.

@@ -20,6 +20,8 @@ fn state(global_step: u64) -> CheckpointState {
         world_size: 1,
         wall_time: 1.5,
         scaler: None,
+        guard: GuardState { skipped: 2, losses: vec![0.1 + 0.2, 1e-300], ..GuardState::default() },
+        validations_since_best: 1,
         files: BTreeMap::new(),
     }
 }
@@ -108,6 +110,67 @@ fn only_old_step_checkpoints_are_pruned() {
     prune(folder.path(), 2).unwrap();
     assert!(!folder.path().join("checkpoint_epoch1_step9").exists());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 4);
+}
+
+#[test]
+fn what_comes_after_a_resume_is_set_aside_not_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    for round in 0..2 {
+        for (name, step) in [("checkpoint_epoch1_step5", 5), ("checkpoint_epoch1_step9", 9), ("best_model", 10)] {
+            save(folder.path(), name, step + round);
+        }
+        let moved = set_aside_later(folder.path(), 6).unwrap();
+        assert_eq!(moved.len(), 2);
+        for (name, path) in ["best_model", "checkpoint_epoch1_step9"].iter().zip(&moved) {
+            let suffix = if round == 0 { String::new() } else { format!("-{}", round + 1) };
+            assert_eq!(*path, folder.path().join("superseded").join(format!("{name}{suffix}")));
+            assert!(verify(path).unwrap().global_step > 6);
+        }
+        assert_eq!(find_newest(folder.path()).unwrap().newest.unwrap().1.global_step, 5 + round);
+    }
+}
+
+#[test]
+fn a_saver_writes_in_order_and_reports_what_failed() {
+    let folder = tempfile::tempdir().unwrap();
+    let snapshot = |step: u64| {
+        let weights = [("w".to_string(), Tensor::full([1 << 20], step as i64, (Kind::Float, Device::Cpu)))];
+        Snapshot::take(&weights, &weights, state(step), Config::default(), None)
+    };
+    let mut saver = Saver::new(folder.path().to_path_buf(), 2);
+    for step in 1..=4 {
+        let taken = snapshot(step);
+        saver.save(&format!("checkpoint_epoch1_step{step}"), &taken, false);
+        saver.save("best_model", &taken, false);
+    }
+    std::fs::write(folder.path().join("final_model"), "in the way").unwrap();
+    saver.save("final_model", &snapshot(5), false);
+    let failed = saver.finish();
+    assert_eq!(failed.len(), 1);
+    assert_eq!(failed[0].0, "final_model");
+    let mut names: Vec<_> = checkpoints_in(folder.path());
+    names.sort();
+    assert_eq!(names, ["best_model", "checkpoint_epoch1_step3", "checkpoint_epoch1_step4"]);
+    assert!(names.iter().all(|name| verify(&folder.path().join(name)).is_ok()));
+    assert_eq!(verify(&folder.path().join("best_model")).unwrap().global_step, 4);
+}
+
+#[test]
+fn a_snapshot_does_not_change_with_the_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let weights = [("w".to_string(), Tensor::zeros([10], (Kind::Float, Device::Cpu)))];
+    let snapshot = Snapshot::take(&weights, &weights, state(1), Config::default(), None);
+    let _ = weights[0].1.shallow_clone().fill_(1.0);
+    let mut saver = Saver::new(folder.path().to_path_buf(), 0);
+    saver.save("final_model", &snapshot, false);
+    assert!(saver.finish().is_empty());
+    let read = Tensor::read_safetensors(folder.path().join("final_model/model.safetensors")).unwrap();
+    assert_eq!(f64::try_from(read[0].1.sum(Kind::Double)).unwrap(), 0.0);
+}
+
+fn checkpoints_in(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap().flatten().filter(|entry| entry.path().is_dir());
+    entries.map(|entry| entry.file_name().into_string().unwrap()).collect()
 }
 
 #[test]

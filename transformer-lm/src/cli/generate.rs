@@ -1,7 +1,7 @@
 //! `generate` and `lm generate`.
 
 use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Parser;
 use tch::Device;
@@ -9,9 +9,11 @@ use tch::Device;
 use crate::checkpoint::{resolve, write_atomically};
 use crate::config::DeviceChoice;
 use crate::data::Tokenizer;
-use crate::generate::{TextParams, generate_text, interactive_generation, load_model_for_generation, stream_text};
+use crate::generate::{
+    Sample, TextParams, generate_samples, generate_text, interactive_generation, load_model_for_generation,
+    stream_text, with_kept_settings,
+};
 use crate::model::TransformerLM;
-use crate::model::sampling::Sampling;
 use crate::{Config, Error, Result};
 
 const EXAMPLES: &str = "\
@@ -19,6 +21,7 @@ Examples:
   generate --checkpoint runs/20260101_120000_demo --prompt 'ROMEO:'
   generate --checkpoint runs/20260101_120000_demo/best_model --interactive
   generate --checkpoint model --prompt 'Once' --num-samples 3 --seed 7 --output texts.txt
+  echo 'Once upon' | generate --checkpoint model --prompt-file - --stop '.' --greedy --json
 
 Exit codes: 0 success; 1 failure; 2 a mistake in flags or settings.";
 
@@ -38,6 +41,10 @@ pub struct GenerateArgs {
     #[arg(long, default_value = "", hide_default_value = true, allow_hyphen_values = true)]
     prompt: String,
 
+    /// Continue the text of this file; `-` is standard input
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "interactive"])]
+    prompt_file: Option<PathBuf>,
+
     /// Most tokens to add [default: generation.max_new_tokens of the configuration, usually 100]
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<usize>,
@@ -54,16 +61,36 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f64>,
 
-    /// Number of texts
+    /// Leave out tokens with less than this share of the likeliest one's probability [default: the configuration's, usually 0]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    min_p: Option<f64>,
+
+    /// Above 1 makes tokens that are in the text already less likely [default: the configuration's, usually 1]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    repetition_penalty: Option<f64>,
+
+    /// Always take the likeliest token
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p"])]
+    greedy: bool,
+
+    /// End a text before this one; may be repeated [default: the configuration's, usually none]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+
+    /// Number of texts, drawn side by side
     #[arg(long, value_name = "N", default_value_t = 1)]
     num_samples: usize,
+
+    /// Write an object on a line for each text: sample, prompt, text, tokens, ending (length, end or stop), seed
+    #[arg(long)]
+    json: bool,
 
     /// The same seed gives the same text
     #[arg(long, default_value_t = 42)]
     seed: u64,
 
     /// Read prompts and answer them, in a loop
-    #[arg(long, conflicts_with_all = ["prompt", "output", "num_samples"])]
+    #[arg(long, conflicts_with_all = ["prompt", "output", "num_samples", "json"])]
     interactive: bool,
 
     /// Write the texts into this file too
@@ -93,58 +120,78 @@ fn generate(args: &GenerateArgs) -> Result<()> {
         note(&format!("checkpoint {}", checkpoint.display()));
     }
     let (model, tokenizer, config) = load_model_for_generation(&checkpoint, args.config.as_deref(), device)?;
-    let params = params_of(args, &config);
+    let params = params_of(args, &config)?;
     params.sampling.validate()?;
     if args.interactive {
         return interactive_generation(&model, &tokenizer, &params);
     }
-    let texts = match args.num_samples {
-        1 => vec![stream(&model, &tokenizer, &args.prompt, &params)?],
-        _ => several(args, &model, &tokenizer, &params)?,
+    let prompt = prompt_of(args)?;
+    let written = match (args.json, args.num_samples) {
+        (true, count) => show(as_json(args, &prompt, &generate_samples(&model, &tokenizer, &prompt, &params, count)?)),
+        (false, 1) => stream(&model, &tokenizer, &prompt, &params),
+        (false, count) => show(joined(&generate_text(&model, &tokenizer, &prompt, &params, count)?)),
+    }?;
+    args.output.as_deref().map_or(Ok(()), |path| write_atomically(path, written.as_bytes()))
+}
+
+/// The text to continue. A file's last line break is not part of it: editors and `echo` put it there.
+fn prompt_of(args: &GenerateArgs) -> Result<String> {
+    let Some(path) = &args.prompt_file else { return Ok(args.prompt.clone()) };
+    let text = match path.as_os_str() == "-" {
+        true => std::io::read_to_string(std::io::stdin()).map_err(Error::io("read", "standard input"))?,
+        false => std::fs::read_to_string(path).map_err(Error::io("read", path))?,
     };
-    args.output.as_deref().map_or(Ok(()), |path| save(path, &texts))
+    Ok(text.strip_suffix('\n').unwrap_or(&text).to_owned())
 }
 
-fn params_of(args: &GenerateArgs, config: &Config) -> TextParams {
-    let defaults = &config.generation;
-    TextParams {
-        max_new_tokens: args.max_new_tokens.unwrap_or(defaults.max_new_tokens),
-        sampling: Sampling {
-            temperature: args.temperature.unwrap_or(defaults.temperature),
-            top_k: args.top_k.unwrap_or(defaults.top_k),
-            top_p: args.top_p.unwrap_or(defaults.top_p),
-        },
-        seed: args.seed,
+/// The configuration's settings, then those kept from earlier conversations, then the flags.
+fn params_of(args: &GenerateArgs, config: &Config) -> Result<TextParams> {
+    let mut params = TextParams::of(&config.generation, config.generation.max_new_tokens, args.seed);
+    if args.interactive {
+        params = with_kept_settings(&params)?;
     }
+    let sampling = &mut params.sampling;
+    let set = |value: &mut f64, flag: Option<f64>| *value = flag.unwrap_or(*value);
+    set(&mut sampling.temperature, args.temperature);
+    set(&mut sampling.top_p, args.top_p);
+    set(&mut sampling.min_p, args.min_p);
+    set(&mut sampling.repetition_penalty, args.repetition_penalty);
+    sampling.top_k = args.top_k.unwrap_or(sampling.top_k);
+    if args.greedy {
+        sampling.temperature = 0.0;
+    }
+    params.max_new_tokens = args.max_new_tokens.unwrap_or(params.max_new_tokens);
+    if !args.stop.is_empty() {
+        params.stop = args.stop.iter().filter(|text| !text.is_empty()).cloned().collect();
+    }
+    Ok(params)
 }
 
-/// Prints a text as it is drawn, and gives it.
+/// Prints a text as it is drawn, and gives all that was printed.
 fn stream(model: &TransformerLM, tokenizer: &Tokenizer, prompt: &str, params: &TextParams) -> Result<String> {
-    let mut text = prompt.to_owned();
     let pieces = stream_text(model, tokenizer, prompt, params)?;
-    say(prompt)?;
+    let mut written = show(prompt.to_owned())?;
     for piece in pieces {
-        let piece = piece?;
-        say(&piece)?;
-        text.push_str(&piece);
+        written.push_str(&show(piece?)?);
     }
-    say("\n")?;
-    Ok(text)
+    written.push_str(&show("\n".to_owned())?);
+    Ok(written)
 }
 
-fn several(
-    args: &GenerateArgs,
-    model: &TransformerLM,
-    tokenizer: &Tokenizer,
-    params: &TextParams,
-) -> Result<Vec<String>> {
-    let texts = generate_text(model, tokenizer, &args.prompt, params, args.num_samples)?;
-    say(&joined(&texts))?;
-    Ok(texts)
+/// Prints a text and gives it back.
+fn show(text: String) -> Result<String> {
+    say(&text).map(|()| text)
 }
 
-fn save(path: &Path, texts: &[String]) -> Result<()> {
-    write_atomically(path, joined(texts).as_bytes())
+fn as_json(args: &GenerateArgs, prompt: &str, samples: &[Sample]) -> String {
+    let line = |(number, sample): (usize, &Sample)| {
+        let Sample { text, tokens, ending } = sample;
+        let object = serde_json::json!({
+            "sample": number, "prompt": prompt, "text": text, "tokens": tokens, "ending": ending, "seed": args.seed
+        });
+        format!("{object}\n")
+    };
+    (1..).zip(samples).map(line).collect()
 }
 
 /// One text as it is, several with a line before each.

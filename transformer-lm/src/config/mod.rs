@@ -25,7 +25,7 @@ mod layers;
 mod validate;
 mod values;
 
-pub use values::{AmpDtype, DeviceChoice, HorovodCompression, LrSchedule, VocabSize};
+pub use values::{AmpDtype, DeviceChoice, HorovodCompression, LrSchedule, VocabSize, WeightDecayOn};
 
 /// Everything that a run depends on, apart from the text and the number of ranks.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -114,10 +114,14 @@ pub struct TrainingSection {
     pub min_lr: f64,
     /// What the learning rate does after warmup.
     pub lr_schedule: LrSchedule,
+    /// With `lr_schedule: wsd`, the share of the updates, the last ones, in which the learning rate falls; in [0, 1].
+    pub lr_decay_share: f64,
     /// Updates over which the learning rate rises linearly to its peak.
     pub warmup_steps: u64,
-    /// AdamW's decoupled decay, on matrices (not on biases and gains).
+    /// AdamW's decoupled decay.
     pub weight_decay: f64,
+    /// The parameters that decay.
+    pub weight_decay_on: WeightDecayOn,
     /// AdamW's decay rates of the two moments.
     pub betas: [f64; 2],
     /// AdamW's ε.
@@ -126,12 +130,27 @@ pub struct TrainingSection {
     pub gradient_accumulation_steps: usize,
     /// The reduced gradients are scaled down to this norm; 0 turns clipping off.
     pub max_grad_norm: f64,
+    /// Share of the target's probability that is spread over the whole vocabulary in training (not in validation); in [0, 1).
+    pub label_smoothing: f64,
+    /// Updates whose loss or gradient norm is so many standard deviations above the mean of the last 128 are skipped; 0: none.
+    pub skip_outliers_z: f64,
+    /// Updates with a loss or gradient that is not finite, and outliers, are skipped; so many in a row, and training ends
+    /// with an error.
+    pub max_skipped_in_a_row: u64,
+    /// Ends training after so many validations in a row without a new lowest loss; null: never.
+    pub early_stopping_patience: Option<u64>,
     /// Updates between two lines of the log.
     pub log_interval: u64,
     /// Updates between two checkpoints; 0: only at the ends of epochs and of training.
     pub save_interval: u64,
     /// Updates between two validations; 0: only at the ends of epochs and of training.
     pub eval_interval: u64,
+    /// Updates between two records of the distributions of weights and gradients for TensorBoard; 0: never.
+    pub histogram_interval: u64,
+    /// Tokens of the sample of text at each validation; 0: none.
+    pub sample_tokens: usize,
+    /// What the sample continues.
+    pub sample_prompt: String,
     /// How many of the newest `checkpoint_*` folders stay; 0 keeps all. `best_model` and `final_model` always stay.
     pub keep_checkpoints: usize,
     /// Multiplies `learning_rate` and `min_lr` by the number of ranks.
@@ -140,6 +159,8 @@ pub struct TrainingSection {
     pub amp_dtype: AmpDtype,
     /// Recomputes activations in the backward pass instead of keeping them.
     pub gradient_checkpointing: bool,
+    /// Floating-point operations per second that a rank's processor can do, in TFLOP/s, for MFU; null: measured at the start.
+    pub peak_tflops: Option<f64>,
     /// Where to compute.
     pub device: DeviceChoice,
 }
@@ -154,19 +175,29 @@ impl Default for TrainingSection {
             learning_rate: 3e-4,
             min_lr: 0.0,
             lr_schedule: LrSchedule::Linear,
+            lr_decay_share: 0.2,
             warmup_steps: 1000,
             weight_decay: 0.01,
+            weight_decay_on: WeightDecayOn::Matrices,
             betas: [0.9, 0.999],
             eps: 1e-8,
             gradient_accumulation_steps: 2,
             max_grad_norm: 1.0,
+            label_smoothing: 0.0,
+            skip_outliers_z: 0.0,
+            max_skipped_in_a_row: 10,
+            early_stopping_patience: None,
             log_interval: 50,
             save_interval: 500,
             eval_interval: 250,
+            histogram_interval: 500,
+            sample_tokens: 64,
+            sample_prompt: String::new(),
             keep_checkpoints: 3,
             scale_lr_by_world_size: false,
             amp_dtype: AmpDtype::Bf16,
             gradient_checkpointing: false,
+            peak_tflops: None,
             device: DeviceChoice::Auto,
         }
     }
@@ -200,13 +231,28 @@ pub struct GenerationSection {
     pub top_k: usize,
     /// Draws from the fewest tokens that hold this probability; in (0, 1].
     pub top_p: f64,
+    /// Leaves out tokens with less than this share of the likeliest one's probability; in [0, 1], 0 leaves out none.
+    pub min_p: f64,
+    /// Above 1 makes tokens that are in the text already less likely; 1 changes nothing.
+    pub repetition_penalty: f64,
+    /// A reply ends before the first of these texts.
+    pub stop: Vec<String>,
     /// Texts per prompt.
     pub num_samples: usize,
 }
 
 impl Default for GenerationSection {
     fn default() -> Self {
-        GenerationSection { max_new_tokens: 100, temperature: 0.8, top_k: 50, top_p: 0.9, num_samples: 5 }
+        GenerationSection {
+            max_new_tokens: 100,
+            temperature: 0.8,
+            top_k: 50,
+            top_p: 0.9,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            stop: Vec::new(),
+            num_samples: 5,
+        }
     }
 }
 
@@ -316,6 +362,7 @@ impl Config {
             max_seq_len: model.max_seq_len,
             dropout: model.dropout,
             pad_token_id: model.pad_token_id,
+            label_smoothing: self.training.label_smoothing,
             gradient_checkpointing: self.training.gradient_checkpointing,
         }
     }

@@ -8,6 +8,7 @@ const COUNT_OR_ZERO: &str = "a whole number of at least 0";
 const COUNT_OR_NULL: &str = "a whole number of at least 1, or null";
 const POSITIVE: &str = "a number greater than 0";
 const NOT_NEGATIVE: &str = "a number of at least 0";
+const SHARE: &str = "a number of at least 0 and less than 1";
 const SWITCH: &str = "true or false";
 const PATH: &str = "a path";
 const PATH_OR_NULL: &str = "a path, or null";
@@ -18,7 +19,7 @@ pub(super) const EXPECTED: &[(&str, &str)] = &[
     ("model.n_heads", COUNT),
     ("model.n_layers", COUNT),
     ("model.d_ff", COUNT),
-    ("model.dropout", "a number of at least 0 and less than 1"),
+    ("model.dropout", SHARE),
     ("model.max_seq_len", "a whole number of at least 2"),
     ("model.vocab_size", "a whole number of at least 2, or auto"),
     ("model.pad_token_id", "a token id (a whole number of at least 0 and less than model.vocab_size), or null"),
@@ -28,20 +29,30 @@ pub(super) const EXPECTED: &[(&str, &str)] = &[
     ("training.global_batch_size", COUNT_OR_NULL),
     ("training.learning_rate", POSITIVE),
     ("training.min_lr", "a number of at least 0 and at most training.learning_rate"),
-    ("training.lr_schedule", "one of linear, cosine, constant"),
+    ("training.lr_schedule", "one of linear, cosine, constant, wsd"),
+    ("training.lr_decay_share", "a number of at least 0 and at most 1"),
     ("training.warmup_steps", COUNT_OR_ZERO),
     ("training.weight_decay", NOT_NEGATIVE),
+    ("training.weight_decay_on", "one of matrices, all"),
     ("training.betas", "two numbers of at least 0 and less than 1, for example [0.9, 0.95]"),
     ("training.eps", POSITIVE),
     ("training.gradient_accumulation_steps", COUNT),
     ("training.max_grad_norm", "a number of at least 0 (0 turns clipping off)"),
+    ("training.label_smoothing", SHARE),
+    ("training.skip_outliers_z", "a number of at least 0 (0 turns it off)"),
+    ("training.max_skipped_in_a_row", COUNT_OR_ZERO),
+    ("training.early_stopping_patience", COUNT_OR_NULL),
     ("training.log_interval", COUNT),
     ("training.save_interval", COUNT_OR_ZERO),
     ("training.eval_interval", COUNT_OR_ZERO),
+    ("training.histogram_interval", COUNT_OR_ZERO),
+    ("training.sample_tokens", COUNT_OR_ZERO),
+    ("training.sample_prompt", "a text"),
     ("training.keep_checkpoints", "a whole number of at least 0 (0 keeps all)"),
     ("training.scale_lr_by_world_size", SWITCH),
     ("training.amp_dtype", "one of bf16, fp16, fp32, fp64"),
     ("training.gradient_checkpointing", SWITCH),
+    ("training.peak_tflops", "a number greater than 0, or null"),
     ("training.device", "one of auto, cpu, cuda, cuda:N"),
     ("data.data_dir", PATH),
     ("data.num_workers", COUNT_OR_ZERO),
@@ -49,6 +60,9 @@ pub(super) const EXPECTED: &[(&str, &str)] = &[
     ("generation.temperature", NOT_NEGATIVE),
     ("generation.top_k", "a whole number of at least 0 (0 turns it off)"),
     ("generation.top_p", "a number greater than 0 and at most 1"),
+    ("generation.min_p", "a number of at least 0 and at most 1"),
+    ("generation.repetition_penalty", POSITIVE),
+    ("generation.stop", "a list of texts that are not empty"),
     ("generation.num_samples", COUNT),
     ("paths.checkpoint_dir", PATH),
     ("paths.log_dir", PATH_OR_NULL),
@@ -102,15 +116,23 @@ fn out_of_range(config: &Config) -> Option<&'static str> {
         ("training.global_batch_size", training.global_batch_size != Some(0)),
         ("training.learning_rate", positive(training.learning_rate)),
         ("training.min_lr", not_negative(training.min_lr) && training.min_lr <= training.learning_rate),
+        ("training.lr_decay_share", (0.0..=1.0).contains(&training.lr_decay_share)),
         ("training.weight_decay", not_negative(training.weight_decay)),
         ("training.betas", training.betas.into_iter().all(share)),
         ("training.eps", positive(training.eps)),
         ("training.gradient_accumulation_steps", training.gradient_accumulation_steps >= 1),
         ("training.max_grad_norm", not_negative(training.max_grad_norm)),
+        ("training.label_smoothing", share(training.label_smoothing)),
+        ("training.skip_outliers_z", not_negative(training.skip_outliers_z)),
+        ("training.early_stopping_patience", training.early_stopping_patience != Some(0)),
         ("training.log_interval", training.log_interval >= 1),
+        ("training.peak_tflops", training.peak_tflops.is_none_or(positive)),
         ("generation.max_new_tokens", generation.max_new_tokens >= 1),
         ("generation.temperature", not_negative(generation.temperature)),
         ("generation.top_p", generation.top_p > 0.0 && generation.top_p <= 1.0),
+        ("generation.min_p", (0.0..=1.0).contains(&generation.min_p)),
+        ("generation.repetition_penalty", positive(generation.repetition_penalty)),
+        ("generation.stop", !generation.stop.iter().any(String::is_empty)),
         ("generation.num_samples", generation.num_samples >= 1),
         ("data.data_dir", !config.data.data_dir.as_os_str().is_empty()),
         ("paths.checkpoint_dir", !paths.checkpoint_dir.as_os_str().is_empty()),
@@ -127,11 +149,6 @@ fn contradiction(config: &Config) -> Option<(&'static str, String)> {
             "model.n_heads",
             format!("model.n_heads = {heads} does not divide model.d_model = {width}: expected a divisor of {width}"),
         ));
-    }
-    if training.gradient_checkpointing {
-        let text = "training.gradient_checkpointing = true is not supported yet: expected false; where memory is short, \
-                    lower per_gpu_batch_size and set global_batch_size";
-        return Some(("training.gradient_checkpointing", text.into()));
     }
     if training.amp_dtype == AmpDtype::Fp16 && training.device == DeviceChoice::Cpu {
         return Some((

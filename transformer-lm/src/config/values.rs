@@ -26,6 +26,19 @@ pub enum LrSchedule {
     Cosine,
     /// Stays.
     Constant,
+    /// Warmup, stable, decay: stays, and falls in a straight line to `min_lr` over the last `lr_decay_share` of the updates.
+    Wsd,
+}
+
+/// `training.weight_decay_on`: which parameters decay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightDecayOn {
+    /// Embeddings and dense weights; biases and gains have no reason to be small.
+    #[default]
+    Matrices,
+    /// Every parameter, as the reference does.
+    All,
 }
 
 /// `distributed.horovod_compression`: what gradients are on the wire.

@@ -9,35 +9,78 @@ use super::Tokenizer;
 use super::shard::Shard;
 use crate::{Error, Result};
 
-/// The part to train on.
-pub const TRAIN_FILE: &str = "train.bin";
+/// The part to train on: the name of its file, or the beginning of the names of several.
+pub const TRAIN: &str = "train";
 
 /// The held-out part.
-pub const VAL_FILE: &str = "val.bin";
+pub const VAL: &str = "val";
 
-/// A sequence of tokens on disk. Cheap to clone.
+/// The file of shard `index` of `count` of a part: `train.bin`, or `train-00001-of-00003.bin`.
+pub(super) fn shard_name(part: &str, index: usize, count: usize) -> String {
+    if count == 1 { format!("{part}.bin") } else { format!("{part}-{index:05}-of-{count:05}.bin") }
+}
+
+/// A sequence of tokens on disk, in one or several shards. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct TokenDataset {
-    shard: Arc<Shard>,
+    shards: Arc<Vec<Shard>>,
 }
 
 impl TokenDataset {
-    /// Opens a shard.
+    /// Opens the shards of a part ([`TRAIN`], [`VAL`]) of a data folder.
     ///
     /// # Errors
-    /// As [`Shard::open`].
-    pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { shard: Arc::new(Shard::open(path)?) })
+    /// A shard that is missing, or as [`Shard::open`]; shards of different tokenizers.
+    pub fn open(folder: &Path, part: &str) -> Result<Self> {
+        let count = shard_count(folder, part)?;
+        let open = |index| Shard::open(&folder.join(shard_name(part, index, count)));
+        let shards: Vec<Shard> = (0..count).map(open).collect::<Result<_>>()?;
+        let kind = |shard: &Shard| (shard.header().tokenizer.clone(), shard.header().vocab_size);
+        if let Some(other) = shards.iter().find(|shard| kind(shard) != kind(&shards[0])) {
+            return Err(Error::data(other.path(), "made with another tokenizer than the part's first shard"));
+        }
+        Ok(Self { shards: shards.into() })
     }
 
-    /// The shard it lies in.
-    pub fn shard(&self) -> &Shard {
-        &self.shard
+    /// The shards, in order; at least one.
+    pub fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// Where it lies: its first shard.
+    pub fn path(&self) -> &Path {
+        self.shards[0].path()
+    }
+
+    /// Every token is below.
+    pub fn vocab_size(&self) -> usize {
+        self.shards[0].header().vocab_size
     }
 
     /// Number of tokens.
     pub fn tokens(&self) -> u64 {
-        self.shard.header().tokens
+        self.shards.iter().map(|shard| shard.header().tokens).sum()
+    }
+
+    /// Appends `len` tokens from `start` on to `tokens`, across the bounds of shards.
+    ///
+    /// # Errors
+    /// Tokens that lie outside the part or outside the vocabulary.
+    pub fn read(&self, start: u64, len: usize, tokens: &mut Vec<i64>) -> Result<()> {
+        let (mut start, mut left) = (start, len as u64);
+        for shard in self.shards.iter() {
+            let held = shard.header().tokens;
+            if start < held && left > 0 {
+                let part = left.min(held - start);
+                shard.read(start, part as usize, tokens)?;
+                (start, left) = (start + part, left - part);
+            }
+            start = start.saturating_sub(held);
+        }
+        match left {
+            0 => Ok(()),
+            _ => Err(Error::data(self.path(), format!("{len} tokens asked, {left} more than there are"))),
+        }
     }
 
     /// Number of tokens that have one before them.
@@ -71,7 +114,7 @@ impl TokenDataset {
         }
         let shape = [blocks.len() as i64, seq_len as i64 + 1];
         if tokens.is_empty() || tokens.len() as i64 != shape[0] * shape[1] {
-            return Err(Error::data(self.shard.path(), format!("blocks {blocks:?} of {seq_len} tokens are not whole")));
+            return Err(Error::data(self.path(), format!("blocks {blocks:?} of {seq_len} tokens are not whole")));
         }
         Ok(Tensor::from_slice(&tokens).view(shape))
     }
@@ -81,9 +124,9 @@ impl TokenDataset {
         let left = self.predictions().saturating_sub(start);
         if left == 0 {
             let blocks = self.blocks(seq_len);
-            return Err(Error::data(self.shard.path(), format!("block {index} asked of {blocks} of {seq_len} tokens")));
+            return Err(Error::data(self.path(), format!("block {index} asked of {blocks} of {seq_len} tokens")));
         }
-        self.shard.read(start, left.min(seq_len as u64) as usize + 1, tokens)
+        self.read(start, left.min(seq_len as u64) as usize + 1, tokens)
     }
 }
 
@@ -111,17 +154,30 @@ pub fn load_preprocessed_data(data_dir: impl AsRef<Path>) -> Result<PreparedData
         return Err(Error::data(folder, text));
     }
     let tokenizer = Tokenizer::load(folder)?;
-    let train = TokenDataset::open(&folder.join(TRAIN_FILE))?;
-    let val = TokenDataset::open(&folder.join(VAL_FILE))?;
+    let (train, val) = (TokenDataset::open(folder, TRAIN)?, TokenDataset::open(folder, VAL)?);
     let vocab_size = tokenizer.vocab_size();
     for part in [&train, &val] {
-        let header = part.shard().header();
+        let header = part.shards()[0].header();
         if header.tokenizer != tokenizer.name() || header.vocab_size != vocab_size {
             let (theirs, size, ours) = (&header.tokenizer, header.vocab_size, tokenizer.name());
             let text =
                 format!("made with tokenizer {theirs} of {size} tokens, but the folder's is {ours} of {vocab_size}");
-            return Err(Error::data(part.shard().path(), text));
+            return Err(Error::data(part.path(), text));
         }
     }
     Ok(PreparedData { train, val, tokenizer, vocab_size })
+}
+
+/// Of how many shards a part is made, by the name of any of them; one where there is none.
+fn shard_count(folder: &Path, part: &str) -> Result<usize> {
+    if folder.join(shard_name(part, 0, 1)).exists() {
+        return Ok(1);
+    }
+    let entries = std::fs::read_dir(folder).map_err(Error::io("list", folder))?;
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let count = |name: String| -> Option<usize> {
+        let (_, count) = name.strip_prefix(part)?.strip_suffix(".bin")?.split_once("-of-")?;
+        count.parse().ok().filter(|count| *count > 0)
+    };
+    Ok(names.filter_map(count).max().unwrap_or(1))
 }

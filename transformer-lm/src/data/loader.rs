@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use hvd_torch::DistributedSampler;
 use tch::{Device, Tensor};
 
+use super::ordered::Ordered;
 use super::{PreparedData, TokenDataset, load_preprocessed_data};
 use crate::{Error, Result};
 
@@ -67,8 +68,9 @@ pub fn loaders_of(data: &PreparedData, config: &LoaderConfig) -> Result<(TrainLo
 }
 
 /// Deals global batches of whole blocks. Which blocks a global batch holds depends on the seed and the epoch, not on the
-/// number of ranks; over an epoch every block comes once, less those of the last partial batch, which is dropped.
-#[derive(Debug)]
+/// number of ranks; over an epoch every block comes once, less those of the last partial batch, which is dropped. Cheap to
+/// clone.
+#[derive(Clone, Debug)]
 pub struct TrainLoader {
     dataset: TokenDataset,
     sampler: DistributedSampler,
@@ -90,7 +92,7 @@ impl TrainLoader {
                  tokens); prepare more text or make the batch smaller",
                 config.seq_len
             );
-            return Err(Error::data(dataset.shard().path(), text));
+            return Err(Error::data(dataset.path(), text));
         }
         let sampler = DistributedSampler::new(blocks, global, config.rank, config.size, config.seed, true)
             .map_err(|error| Error::Config(error.to_string()))?;
@@ -121,6 +123,35 @@ impl TrainLoader {
         let micro = |blocks: &[u64]| Ok(self.dataset.batch(self.seq_len, blocks)?.to_device(self.device));
         blocks.chunks(self.micro_batch).map(micro).collect()
     }
+
+    /// [`TrainLoader::step`] from this position on, epoch after epoch without end, read ahead by `workers` threads; by 0 when
+    /// asked for. The batches do not depend on the number of threads.
+    pub fn stream(&self, epoch: u64, step: u64, workers: usize) -> BatchStream {
+        let (loader, per_epoch) = (self.clone(), self.steps_per_epoch);
+        let positions = (0..).map(move |n| (epoch + (step + n) / per_epoch, (step + n) % per_epoch));
+        let read = move |(epoch, step)| loader.step(epoch, step);
+        BatchStream(match workers {
+            0 => Box::new(positions.map(read)),
+            _ => Box::new(Ordered::new(workers, workers, positions, read)),
+        })
+    }
+}
+
+/// Global batches one after the other, each as [`TrainLoader::step`] gives it.
+pub struct BatchStream(Box<dyn Iterator<Item = Result<Vec<Tensor>>>>);
+
+impl Iterator for BatchStream {
+    type Item = Result<Vec<Tensor>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.next()
+    }
+}
+
+impl std::fmt::Debug for BatchStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BatchStream").finish_non_exhaustive()
+    }
 }
 
 /// Walks the whole held-out part: each of its tokens but the first is predicted once by exactly one rank, the last
@@ -143,9 +174,9 @@ impl ValLoader {
         config.validate()?;
         if dataset.predictions() == 0 {
             let text = "the held-out part needs at least 2 tokens; prepare it with a larger --val-fraction";
-            return Err(Error::data(dataset.shard().path(), text));
+            return Err(Error::data(dataset.path(), text));
         }
-        let batch = config.micro_batch.max(cheap_tokens(dataset.shard().header().vocab_size) / config.seq_len);
+        let batch = config.micro_batch.max(cheap_tokens(dataset.vocab_size()) / config.seq_len);
         let all = dataset.predictions().div_ceil(config.seq_len as u64);
         let share = |rank: usize| (u128::from(all) * rank as u128 / config.size as u128) as u64;
         Ok(Self {

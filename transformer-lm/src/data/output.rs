@@ -4,13 +4,20 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::{TOKENIZER_FILE, TRAIN_FILE, VAL_FILE, shard};
+use super::{TOKENIZER_FILE, TRAIN, VAL, shard};
 use crate::{Error, Result};
 
 /// All tokens before they are split; only while a folder is being made.
 pub(super) const UNSPLIT_FILE: &str = "all.tmp";
 
-const OUR_FILES: [&str; 4] = [TRAIN_FILE, VAL_FILE, TOKENIZER_FILE, UNSPLIT_FILE];
+/// Whether `prepare` makes files of this name.
+fn is_ours(name: &str) -> bool {
+    let is_shard_of = |part: &str| {
+        let Some(rest) = name.strip_prefix(part).and_then(|rest| rest.strip_suffix(".bin")) else { return false };
+        rest.is_empty() || rest.bytes().all(|byte| byte.is_ascii_digit() || b"-of".contains(&byte))
+    };
+    [TRAIN, VAL].into_iter().any(is_shard_of) || name.starts_with(TOKENIZER_FILE) || name == UNSPLIT_FILE
+}
 
 /// A claim on a folder's name. What is made lies in a staging folder beside it until [`Output::publish`].
 #[derive(Debug)]
@@ -79,7 +86,8 @@ fn check_replaceable(target: &Path, overwrite: bool) -> Result<()> {
     if names.is_empty() {
         return Ok(());
     }
-    if !names.iter().all(|name| OUR_FILES.contains(&name.as_str())) || !is_shard(&target.join(TRAIN_FILE)) {
+    let has_shard = names.iter().any(|name| name.starts_with(TRAIN) && is_shard(&target.join(name)));
+    if !names.iter().all(|name| is_ours(name)) || !has_shard {
         return Err(Error::data(target, "holds something else than prepared data; choose another --output"));
     }
     if !overwrite {
@@ -109,7 +117,7 @@ fn remove(folder: &Path) -> Result<()> {
     if !folder.is_dir() {
         return Ok(());
     }
-    for name in entries(folder)?.iter().filter(|name| OUR_FILES.iter().any(|ours| name.starts_with(ours))) {
+    for name in entries(folder)?.iter().filter(|name| is_ours(name)) {
         let path = folder.join(name);
         std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
     }

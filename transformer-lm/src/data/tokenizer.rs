@@ -3,11 +3,12 @@
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 use tiktoken_rs::CoreBPE;
 
+use super::bpe::BytePairs;
 use crate::checkpoint::write_atomically;
 use crate::{Error, Result};
 
@@ -32,6 +33,8 @@ pub enum Tokenizer {
     Char(Alphabet),
     /// GPT-2's byte-pair encoding; 50257 tokens.
     Gpt2,
+    /// A byte-pair encoding that was trained on the text.
+    Bpe(Arc<BytePairs>),
 }
 
 /// The characters that a text is made of, in the order of their code points. A character's place is its token.
@@ -62,15 +65,19 @@ struct Description {
     kind: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     alphabet: Option<String>,
+    /// The `tokenizers` library's description of a `bpe` tokenizer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tokenizer: Option<serde_json::Value>,
 }
 
 impl Tokenizer {
-    /// `byte`, `char` or `gpt2`, as in shard headers and on the command line.
+    /// `byte`, `char`, `gpt2` or `bpe`, as in shard headers and on the command line.
     pub fn name(&self) -> &'static str {
         match self {
             Tokenizer::Byte => "byte",
             Tokenizer::Char(_) => "char",
             Tokenizer::Gpt2 => "gpt2",
+            Tokenizer::Bpe(_) => "bpe",
         }
     }
 
@@ -80,12 +87,17 @@ impl Tokenizer {
             Tokenizer::Byte => 256,
             Tokenizer::Char(alphabet) => alphabet.characters.len(),
             Tokenizer::Gpt2 => GPT2_VOCABULARY,
+            Tokenizer::Bpe(pairs) => pairs.vocab_size(),
         }
     }
 
     /// The token that ends a document, where the tokenizer has one.
     pub fn end_token(&self) -> Option<u32> {
-        matches!(self, Tokenizer::Gpt2).then_some(GPT2_END)
+        match self {
+            Tokenizer::Byte | Tokenizer::Char(_) => None,
+            Tokenizer::Gpt2 => Some(GPT2_END),
+            Tokenizer::Bpe(pairs) => Some(pairs.end()),
+        }
     }
 
     /// Text to tokens. Markup like `<|endoftext|>` is ordinary text.
@@ -97,6 +109,7 @@ impl Tokenizer {
             Tokenizer::Byte => Ok(text.bytes().map(u32::from).collect()),
             Tokenizer::Char(alphabet) => text.chars().map(|c| alphabet.token(c)).collect(),
             Tokenizer::Gpt2 => Ok(gpt2().encode_ordinary(text)),
+            Tokenizer::Bpe(pairs) => pairs.encode(text).map_err(Error::Config),
         }
     }
 
@@ -106,8 +119,14 @@ impl Tokenizer {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// The text's bytes that each token stands for, by token; 0 for the end token.
+    pub fn byte_lengths(&self) -> Vec<u32> {
+        let length = |token| if Some(token) == self.end_token() { 0 } else { self.bytes_of(token).len() as u32 };
+        (0..self.vocab_size() as u32).map(length).collect()
+    }
+
     /// The bytes of one token.
-    fn bytes_of(&self, token: u32) -> Cow<'static, [u8]> {
+    pub(super) fn bytes_of(&self, token: u32) -> Cow<'_, [u8]> {
         let unknown = Cow::Borrowed("\u{FFFD}".as_bytes());
         match self {
             Tokenizer::Byte => u8::try_from(token).map_or(unknown, |byte| vec![byte].into()),
@@ -116,6 +135,7 @@ impl Tokenizer {
                 character.map_or(unknown, |c| c.to_string().into_bytes().into())
             }
             Tokenizer::Gpt2 => gpt2().decode_bytes(&[token]).map_or(unknown, Cow::Owned),
+            Tokenizer::Bpe(pairs) => pairs.bytes(token).map_or(unknown, Cow::Borrowed),
         }
     }
 
@@ -137,7 +157,11 @@ impl Tokenizer {
             Tokenizer::Char(alphabet) => Some(alphabet.characters.iter().collect()),
             _ => None,
         };
-        let description = Description { kind: self.name().into(), alphabet };
+        let tokenizer = match self {
+            Tokenizer::Bpe(pairs) => Some(pairs.description()),
+            _ => None,
+        };
+        let description = Description { kind: self.name().into(), alphabet, tokenizer };
         let path = folder.join(TOKENIZER_FILE);
         let text = serde_json::to_string_pretty(&description)
             .map_err(|error| Error::data(&path, format!("cannot be written: {error}")))?;
@@ -145,25 +169,31 @@ impl Tokenizer {
     }
 
     fn from_description(description: Description) -> std::result::Result<Self, String> {
-        match (description.kind.as_str(), description.alphabet) {
-            ("byte", None) => Ok(Tokenizer::Byte),
-            ("gpt2", None) => Ok(Tokenizer::Gpt2),
-            ("char", Some(text)) => {
-                let characters: BTreeSet<char> = text.chars().collect();
-                let count = text.chars().count();
-                if count == 0 || count > MOST_CHARACTERS || !text.chars().eq(characters.iter().copied()) {
-                    return Err("`alphabet` must hold different characters in the order of their code points".into());
-                }
-                Ok(Tokenizer::Char(Alphabet::new(&characters)))
-            }
-            ("char", None) => Err("a `char` tokenizer needs its `alphabet`".into()),
-            (kind @ ("byte" | "gpt2"), Some(_)) => Err(format!("a `{kind}` tokenizer has no `alphabet`")),
-            (kind, _) => Err(format!("unknown tokenizer `{kind}`; expected byte, char or gpt2")),
+        let Description { kind, alphabet, tokenizer } = description;
+        match (kind.as_str(), alphabet, tokenizer) {
+            ("byte", None, None) => Ok(Tokenizer::Byte),
+            ("gpt2", None, None) => Ok(Tokenizer::Gpt2),
+            ("char", Some(text), None) => Alphabet::read(&text).map(Tokenizer::Char),
+            ("char", None, _) => Err("a `char` tokenizer needs its `alphabet`".into()),
+            ("bpe", None, Some(tokenizer)) => Ok(Tokenizer::Bpe(BytePairs::from_description(&tokenizer)?.into())),
+            ("bpe", _, None) => Err("a `bpe` tokenizer needs its `tokenizer`".into()),
+            (kind @ ("byte" | "gpt2" | "bpe"), Some(_), _) => Err(format!("a `{kind}` tokenizer has no `alphabet`")),
+            (kind @ ("byte" | "gpt2" | "char"), _, Some(_)) => Err(format!("a `{kind}` tokenizer has no `tokenizer`")),
+            (kind, ..) => Err(format!("unknown tokenizer `{kind}`; expected byte, char, gpt2 or bpe")),
         }
     }
 }
 
 impl Alphabet {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        let characters: BTreeSet<char> = text.chars().collect();
+        let count = text.chars().count();
+        if count == 0 || count > MOST_CHARACTERS || !text.chars().eq(characters.iter().copied()) {
+            return Err("`alphabet` must hold different characters in the order of their code points".into());
+        }
+        Ok(Alphabet::new(&characters))
+    }
+
     fn token(&self, character: char) -> Result<u32> {
         self.tokens.get(&character).copied().ok_or_else(|| {
             let (code, known) = (character as u32, self.characters.len());
@@ -232,6 +262,13 @@ mod tests {
         Tokenizer::Char(Alphabet::new(&text.chars().collect()))
     }
 
+    /// A byte-pair encoding of a small vocabulary.
+    fn pairs() -> Tokenizer {
+        static PAIRS: OnceLock<Tokenizer> = OnceLock::new();
+        let texts = ["abba <|endoftext|> is the name of a band", "naïve, cab, é"].map(String::from).into_iter();
+        PAIRS.get_or_init(|| Tokenizer::Bpe(BytePairs::train(texts, 270).unwrap().into())).clone()
+    }
+
     fn streamed(tokenizer: &Tokenizer, tokens: &[u32]) -> String {
         let mut decoder = StreamDecoder::new(tokenizer);
         let mut text: String = tokens.iter().map(|&token| decoder.push(token)).collect();
@@ -242,7 +279,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_text_comes_back(text in "\\PC*|[a-f \n]*|.*") {
-            for tokenizer in [Tokenizer::Byte, alphabet_of(&text), Tokenizer::Gpt2] {
+            for tokenizer in [Tokenizer::Byte, alphabet_of(&text), Tokenizer::Gpt2, pairs()] {
                 let tokens = tokenizer.encode(&text).unwrap();
                 prop_assert!(tokens.iter().all(|&t| (t as usize) < tokenizer.vocab_size()));
                 prop_assert_eq!(tokenizer.decode(&tokens), text.as_str());
@@ -276,6 +313,25 @@ mod tests {
     }
 
     #[test]
+    fn markup_in_a_text_is_text() {
+        for tokenizer in [Tokenizer::Gpt2, pairs()] {
+            let tokens = tokenizer.encode("a<|endoftext|>b").unwrap();
+            assert!(!tokens.contains(&tokenizer.end_token().unwrap()));
+            assert_eq!(tokenizer.decode(&tokens), "a<|endoftext|>b");
+        }
+    }
+
+    #[test]
+    fn lengths_are_those_of_the_bytes() {
+        for tokenizer in [Tokenizer::Byte, Tokenizer::Gpt2, pairs(), alphabet_of("naïve cab")] {
+            let lengths = tokenizer.byte_lengths();
+            let tokens = tokenizer.encode("naïve cab").unwrap();
+            assert_eq!(tokens.iter().map(|token| lengths[*token as usize]).sum::<u32>(), 10);
+            assert!(tokenizer.end_token().is_none_or(|end| lengths[end as usize] == 0));
+        }
+    }
+
+    #[test]
     fn a_strange_character_is_named() {
         let error = alphabet_of("abc").encode("abé").unwrap_err().to_string();
         assert_eq!(error, "'é' (U+00E9) is not among the 3 characters of this alphabet");
@@ -284,7 +340,7 @@ mod tests {
     #[test]
     fn a_saved_tokenizer_is_read_back() {
         let folder = tempfile::tempdir().unwrap();
-        for tokenizer in [Tokenizer::Byte, Tokenizer::Gpt2, alphabet_of("\n \"\\ab\u{1F600}")] {
+        for tokenizer in [Tokenizer::Byte, Tokenizer::Gpt2, pairs(), alphabet_of("\n \"\\ab\u{1F600}")] {
             tokenizer.save(folder.path()).unwrap();
             assert_eq!(Tokenizer::load(folder.path()).unwrap(), tokenizer);
         }
@@ -302,6 +358,12 @@ mod tests {
             ("{\"kind\":\"char\",\"alphabet\":\"aa\"}", "different characters"),
             ("{\"kind\":\"byte\",\"alphabet\":\"a\"}", "has no `alphabet`"),
             ("{\"kind\":\"byte\",\"more\":1}", "unknown field"),
+            ("{\"kind\":\"byte\",\"tokenizer\":{}}", "has no `tokenizer`"),
+            ("{\"kind\":\"bpe\"}", "needs its `tokenizer`"),
+            (
+                "{\"kind\":\"bpe\",\"tokenizer\":{\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":[]}}}",
+                "lacks the token",
+            ),
         ];
         let folder = tempfile::tempdir().unwrap();
         for (text, message) in cases {

@@ -3,9 +3,12 @@
 
 mod interactive;
 mod load;
+mod reply;
 mod session;
+mod settings;
 mod text;
 
-pub use interactive::interactive_generation;
+pub use interactive::{interactive_generation, with_kept_settings};
 pub use load::load_model_for_generation;
-pub use text::{TextParams, TextStream, generate_text, stream_text};
+pub use reply::Ending;
+pub use text::{Sample, TextParams, TextStream, generate_samples, generate_text, stream_text};

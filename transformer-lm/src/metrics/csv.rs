@@ -1,111 +1,43 @@
 //! `metrics.csv`: one row at a time, flushed, and cut back when a run resumes.
 
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 
-use crate::{Error, Result};
+use super::Row;
+use super::lines::Lines;
+use crate::Result;
 
 /// The first line of `metrics.csv`.
 pub const HEADER: &str = "phase,epoch,update,global_step,lr,loss,perplexity,accuracy,throughput,wall_time";
 
-/// Whose figures a row holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Of one update, over its global batch.
-    Train,
-    /// Of a validation, over the whole held-out part.
-    Val,
-}
-
-impl Phase {
-    /// `train` or `val`, as in the file and in TensorBoard's tags.
-    pub fn name(self) -> &'static str {
-        match self {
-            Phase::Train => "train",
-            Phase::Val => "val",
-        }
-    }
-}
-
-/// One row of `metrics.csv`.
-#[derive(Clone, Debug)]
-pub struct Row {
-    /// Training or validation.
-    pub phase: Phase,
-    /// The epoch, counted from 1.
-    pub epoch: u64,
-    /// Updates within the epoch, counted from 1.
-    pub update: u64,
-    /// Updates since the start of training.
-    pub global_step: u64,
-    /// Learning rate of the update.
-    pub lr: f64,
-    /// Mean loss in nats per token.
-    pub loss: f64,
-    /// Share of tokens that the model found likeliest, where it was counted.
-    pub accuracy: Option<f64>,
-    /// Tokens per second over all ranks.
-    pub throughput: f64,
-    /// Seconds of training so far, those before a resume included.
-    pub wall_time: f64,
-}
-
-impl Row {
-    /// exp of the mean loss.
-    pub fn perplexity(&self) -> f64 {
-        self.loss.exp()
-    }
-
-    /// The row as a line of the file. Numbers are the shortest that read back as the same `f64`.
-    fn line(&self) -> String {
-        let accuracy = self.accuracy.map(|a| a.to_string()).unwrap_or_default();
-        format!(
-            "{},{},{},{},{},{},{},{accuracy},{:.1},{:.3}\n",
-            self.phase.name(),
-            self.epoch,
-            self.update,
-            self.global_step,
-            self.lr,
-            self.loss,
-            self.perplexity(),
-            self.throughput,
-            self.wall_time
-        )
-    }
+/// The row as a line of the file. Numbers are the shortest that read back as the same `f64`.
+fn line(row: &Row) -> String {
+    let Row { epoch, update, global_step, lr, loss, perplexity, throughput, wall_time, .. } = row;
+    let (phase, accuracy) = (row.phase.name(), row.accuracy.map(|a| a.to_string()).unwrap_or_default());
+    format!(
+        "{phase},{epoch},{update},{global_step},{lr},{loss},{perplexity},{accuracy},{throughput:.1},{wall_time:.3}\n"
+    )
 }
 
 /// The open file.
 #[derive(Debug)]
-pub struct MetricsCsv {
-    file: File,
-    path: std::path::PathBuf,
-}
+pub struct MetricsCsv(Lines);
 
 impl MetricsCsv {
     /// Opens `path` to go on after `global_step`: rows of later steps and a row that a kill cut short are dropped.
     /// A file that is not there starts with the header.
     ///
     /// # Errors
-    /// [`Error::Io`], or [`Error::Data`] where the file has another header.
+    /// [`crate::Error::Io`], or [`crate::Error::Data`] where the file has another header.
     pub fn open(path: &Path, global_step: u64) -> Result<MetricsCsv> {
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(Error::io("read", path)(error)),
-        };
-        let kept = keep(&text, global_step).map_err(|detail| Error::data(path, detail))?;
-        crate::checkpoint::write_atomically(path, kept.as_bytes())?;
-        let file = File::options().append(true).open(path).map_err(Error::io("open", path))?;
-        Ok(MetricsCsv { file, path: path.to_path_buf() })
+        Lines::open(path, |text| keep(text, global_step)).map(MetricsCsv)
     }
 
     /// Appends a row; it has reached the operating system when this returns.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`crate::Error::Io`]; the file is then as it was.
     pub fn append(&mut self, row: &Row) -> Result<()> {
-        self.file.write_all(row.line().as_bytes()).map_err(Error::io("write", &self.path))
+        self.0.append(&line(row))
     }
 }
 
@@ -129,10 +61,23 @@ fn keep(text: &str, global_step: u64) -> std::result::Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::{Figures, Phase};
 
     fn row(phase: Phase, global_step: u64) -> Row {
-        let (loss, accuracy) = (1.0 / 3.0, Some(0.25));
-        Row { phase, epoch: 1, update: 2, global_step, lr: 1e-3, loss, accuracy, throughput: 10.0, wall_time: 1.5 }
+        let loss: f64 = 1.0 / 3.0;
+        Row {
+            phase,
+            epoch: 1,
+            update: 2,
+            global_step,
+            lr: 1e-3,
+            loss,
+            perplexity: loss.exp(),
+            accuracy: Some(0.25),
+            throughput: 10.0,
+            wall_time: 1.5,
+            more: Figures::default(),
+        }
     }
 
     #[test]
@@ -160,7 +105,7 @@ mod tests {
 
     #[test]
     fn a_row_has_the_columns_of_the_header() {
-        let line = row(Phase::Train, 7).line();
+        let line = line(&row(Phase::Train, 7));
         assert_eq!(line, "train,1,2,7,0.001,0.3333333333333333,1.3956124250860895,0.25,10.0,1.500\n");
         assert_eq!(line.split(',').count(), HEADER.split(',').count());
     }

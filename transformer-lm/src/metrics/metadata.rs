@@ -40,6 +40,9 @@ pub struct Device {
     pub device: String,
     /// Threads of the rank.
     pub threads: usize,
+    /// Floating-point operations per second that the rank can do, as measured at the start; 0 where it was not.
+    #[serde(default)]
+    pub peak_flops: f64,
 }
 
 impl RunMetadata {

@@ -25,7 +25,9 @@ pub struct ModelConfig {
     /// Fills the rows of a batch that `generate` ended early; without it the end token does. May lie outside the
     /// vocabulary: the model never sees it.
     pub pad_token_id: Option<i64>,
-    /// Recompute activations in backward instead of keeping them. Not supported yet: [`ModelConfig::validate`] refuses it.
+    /// Share of the target's probability that the loss of training spreads over the whole vocabulary, in `[0, 1)`.
+    pub label_smoothing: f64,
+    /// Whether [`TransformerLM::backward`](super::TransformerLM::backward) recomputes activations instead of keeping them.
     pub gradient_checkpointing: bool,
 }
 
@@ -40,6 +42,7 @@ impl Default for ModelConfig {
             max_seq_len: 512,
             dropout: 0.1,
             pad_token_id: Some(50256),
+            label_smoothing: 0.0,
             gradient_checkpointing: false,
         }
     }
@@ -65,13 +68,10 @@ impl ModelConfig {
             let (width, heads) = (self.d_model, self.n_heads);
             return Err(Error::Config(format!("model.n_heads = {heads} does not divide model.d_model = {width}")));
         }
-        if !(0.0..1.0).contains(&self.dropout) {
-            return Err(Error::Config(format!("model.dropout = {}: expected 0 or more and less than 1", self.dropout)));
-        }
-        if self.gradient_checkpointing {
-            let text = "model.gradient_checkpointing = true is not supported yet; set it to false and, \
-                        if memory is short, lower the batch per rank and accumulate more";
-            return Err(Error::Config(text.into()));
+        for (name, share) in [("dropout", self.dropout), ("label_smoothing", self.label_smoothing)] {
+            if !(0.0..1.0).contains(&share) {
+                return Err(Error::Config(format!("model.{name} = {share}: expected 0 or more and less than 1")));
+            }
         }
         Ok(())
     }

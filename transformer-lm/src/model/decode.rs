@@ -109,9 +109,10 @@ impl Generation<'_> {
 
     fn draw(&mut self, logits: &Tensor) -> Result<Vec<Option<i64>>> {
         let width = self.model.config().vocab_size;
-        let logits = Vec::<f32>::try_from(logits.to_kind(Kind::Float).contiguous().view([-1]))?;
+        let mut logits = Vec::<f32>::try_from(logits.to_kind(Kind::Float).contiguous().view([-1]))?;
         let mut tokens = Vec::with_capacity(self.ended.len());
-        for (row, logits) in logits.chunks(width).enumerate() {
+        for (row, logits) in logits.chunks_mut(width).enumerate() {
+            self.params.sampling.penalise(logits, &self.history[row]);
             let drawn = i64::from(self.params.sampling.draw(logits, &mut self.generators[row])?);
             // A sequence that has ended goes on unseen, so that the batch keeps its shape.
             self.history[row].push(drawn);

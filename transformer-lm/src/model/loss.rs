@@ -27,11 +27,8 @@ impl TransformerLM {
     /// # Errors
     /// As [`TransformerLM::loss_sum`].
     pub fn batch_loss(&self, batch: &Tensor, train: bool, accuracy: bool) -> Result<LossSums> {
-        let t = token_shape(batch)?.1 - 1;
-        if t == 0 {
-            return Err(Error::Config("a batch of single tokens leaves nothing to predict".into()));
-        }
-        self.loss_sum(&batch.narrow(1, 0, t), &batch.narrow(1, 1, t), None, train, accuracy)
+        let (input_ids, targets) = shifted(batch)?;
+        self.loss_sum(&input_ids, &targets, None, train, accuracy)
     }
 
     /// The summed loss of `input_ids` (B, T) against `targets` (B, T), which are *not* shifted inside: `targets[b, t]`
@@ -52,7 +49,7 @@ impl TransformerLM {
             return Err(Error::Config(format!("targets of {targets:?} for token ids of {ids:?}; expected the same")));
         }
         let logits = self.logits(&self.hidden(input_ids, attention_mask, train)?); // (B, T, vocabulary)
-        self.sums(&logits, targets, accuracy)
+        self.sums(&logits, targets, train, accuracy)
     }
 
     /// The mean loss of logits (B, T, vocabulary) against labels (B, T) that are shifted here; 0 if none is valid.
@@ -62,20 +59,29 @@ impl TransformerLM {
             let given = &logits.size()[..2];
             return Err(Error::Config(format!("labels of [{b}, {t}] for token ids of {given:?}; expected the same")));
         }
-        let sums = self.sums(&logits.narrow(1, 0, t - 1), &labels.narrow(1, 1, t - 1), false)?;
+        let sums = self.sums(&logits.narrow(1, 0, t - 1), &labels.narrow(1, 1, t - 1), false, false)?;
         Ok(sums.loss / sums.tokens.max(1) as f64)
     }
 
-    /// Logits (B, T, vocabulary) against targets (B, T).
-    fn sums(&self, logits: &Tensor, targets: &Tensor, accuracy: bool) -> Result<LossSums> {
+    /// Logits (B, T, vocabulary) against targets (B, T); smoothed in training.
+    pub(super) fn sums(&self, logits: &Tensor, targets: &Tensor, train: bool, accuracy: bool) -> Result<LossSums> {
         let logits = logits.reshape([-1, self.config().vocab_size as i64]); // (B·T, vocabulary)
         let logits = if logits.kind() == Kind::Double { logits } else { logits.to_kind(Kind::Float) };
         let targets = targets.reshape([-1]); // (B·T)
+        let smoothing = if train { self.config().label_smoothing } else { 0.0 };
         let loss = logits
-            .f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, IGNORE_INDEX, 0.0)
+            .f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, IGNORE_INDEX, smoothing)
             .map_err(|_| self.bad_ids(&targets))?;
         let tokens = targets.ne(IGNORE_INDEX).sum(Kind::Int64).int64_value(&[]);
         let correct = accuracy.then(|| tch::no_grad(|| logits.argmax(1, false).eq_tensor(&targets).sum(Kind::Int64)));
         Ok(LossSums { loss, tokens, correct })
+    }
+}
+
+/// The input (B, T) and the targets (B, T) of a loader's batch (B, T+1).
+pub(super) fn shifted(batch: &Tensor) -> Result<(Tensor, Tensor)> {
+    match token_shape(batch)?.1 - 1 {
+        0 => Err(Error::Config("a batch of single tokens leaves nothing to predict".into())),
+        t => Ok((batch.narrow(1, 0, t), batch.narrow(1, 1, t))),
     }
 }

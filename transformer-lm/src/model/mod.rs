@@ -17,6 +17,7 @@
 //! # }
 //! ```
 
+mod backward;
 mod block;
 mod cache;
 mod config;
@@ -34,6 +35,7 @@ use crate::{Error, Result};
 use block::{Attend, Block, LayerNorm, dropout};
 use init::Init;
 
+pub use backward::Backward;
 pub use cache::KvCache;
 pub use config::ModelConfig;
 pub use decode::{Generation, GenerationParams};

@@ -1,5 +1,7 @@
 //! Picks the next token from logits.
 
+use std::collections::HashSet;
+
 use super::random::Generator;
 use crate::{Error, Result};
 
@@ -12,18 +14,23 @@ pub struct Sampling {
     pub top_k: usize,
     /// Of those, draw among the fewest likeliest tokens whose probabilities reach this sum; 1 is all.
     pub top_p: f64,
+    /// Of those, only tokens with at least this share of the likeliest one's probability; 0 is all.
+    pub min_p: f64,
+    /// The logits of tokens that are in the text already are divided by this where they are positive and multiplied where they
+    /// are negative (Keskar et al., 2019); 1 changes nothing, more makes repetition rarer.
+    pub repetition_penalty: f64,
 }
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 0.8, top_k: 50, top_p: 0.9 }
+        Self { temperature: 0.8, top_k: 50, top_p: 0.9, min_p: 0.0, repetition_penalty: 1.0 }
     }
 }
 
 impl Sampling {
     /// Always the likeliest token.
     pub fn greedy() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0 }
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, ..Self::default() }
     }
 
     /// Refuses what makes no sense; the error names the setting.
@@ -33,6 +40,13 @@ impl Sampling {
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return Err(Error::Config(format!("top_p = {}: expected more than 0, at most 1 (all)", self.top_p)));
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            return Err(Error::Config(format!("min_p = {}: expected at least 0 (all), at most 1", self.min_p)));
+        }
+        if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
+            let penalty = self.repetition_penalty;
+            return Err(Error::Config(format!("repetition_penalty = {penalty}: expected more than 0; 1 is none")));
         }
         Ok(())
     }
@@ -51,6 +65,20 @@ impl Sampling {
         Ok(pick(&self.candidates(logits), generator.uniform()))
     }
 
+    /// Makes the tokens of `history` less likely.
+    pub fn penalise(&self, logits: &mut [f32], history: &[i64]) {
+        if self.repetition_penalty == 1.0 {
+            return;
+        }
+        let penalty = self.repetition_penalty as f32;
+        let seen: HashSet<usize> = history.iter().filter_map(|&token| usize::try_from(token).ok()).collect();
+        for token in seen {
+            if let Some(logit) = logits.get_mut(token) {
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
+        }
+    }
+
     /// The tokens that may be drawn, with weights in proportion to their probabilities.
     pub fn candidates(&self, logits: &[f32]) -> Vec<(u32, f64)> {
         let mut tokens: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
@@ -67,6 +95,7 @@ impl Sampling {
         if self.top_p < 1.0 {
             weighted.truncate(nucleus(&weighted, self.top_p));
         }
+        weighted.retain(|token| token.1 >= self.min_p); // the likeliest has a weight of 1
         weighted
     }
 }
@@ -115,7 +144,7 @@ mod tests {
     proptest! {
         #[test]
         fn top_k_keeps_the_k_likeliest(logits in logits(), k in 1usize..50) {
-            let kept = Sampling { temperature: 1.0, top_k: k, top_p: 1.0 }.candidates(&logits);
+            let kept = Sampling { temperature: 1.0, top_k: k, top_p: 1.0, ..Sampling::default() }.candidates(&logits);
             prop_assert_eq!(kept.len(), k.min(logits.len()));
             let lowest = kept.iter().map(|t| logits[t.0 as usize]).fold(f32::INFINITY, f32::min);
             let is_kept = |id: usize| kept.iter().any(|t| t.0 as usize == id);
@@ -124,7 +153,7 @@ mod tests {
 
         #[test]
         fn top_p_keeps_the_fewest_that_reach_it(logits in logits(), p in 0.01f64..1.0, t in 0.1f64..3.0) {
-            let kept = Sampling { temperature: t, top_k: 0, top_p: p }.candidates(&logits);
+            let kept = Sampling { temperature: t, top_k: 0, top_p: p, ..Sampling::default() }.candidates(&logits);
             let weights: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / t).exp()).collect();
             let total: f64 = weights.iter().sum();
             let share = |tokens: &[(u32, f64)]| tokens.iter().map(|t| weights[t.0 as usize]).sum::<f64>() / total;
@@ -133,8 +162,30 @@ mod tests {
         }
 
         #[test]
+        fn min_p_keeps_those_near_the_likeliest(logits in logits(), p in 0.0f64..=1.0, t in 0.1f64..3.0) {
+            let sampling = Sampling { temperature: t, top_k: 0, top_p: 1.0, min_p: p, ..Sampling::default() };
+            let kept = sampling.candidates(&logits);
+            let highest = logits.iter().copied().fold(f32::MIN, f32::max);
+            let share = |id: usize| (f64::from(logits[id] - highest) / t).exp();
+            prop_assert!(!kept.is_empty() && kept.iter().all(|token| share(token.0 as usize) >= p));
+            prop_assert_eq!(kept.len(), (0..logits.len()).filter(|&id| share(id) >= p).count());
+        }
+
+        #[test]
+        fn a_penalty_lowers_what_was_said_and_nothing_else(logits in logits(), penalty in 1.01f64..3.0, said in 0i64..250) {
+            let mut lowered = logits.clone();
+            let sampling = Sampling { repetition_penalty: penalty, ..Sampling::default() };
+            sampling.penalise(&mut lowered, &[said, said, -1]);
+            for (id, (before, after)) in logits.iter().zip(&lowered).enumerate() {
+                let is_lowered = id as i64 == said && *before != 0.0;
+                prop_assert_eq!(is_lowered, after < before);
+                prop_assert_eq!(!is_lowered, after == before);
+            }
+        }
+
+        #[test]
         fn a_drawn_token_is_a_candidate(logits in logits(), k in 0usize..9, p in 0.1f64..=1.0, seed: u64) {
-            let sampling = Sampling { temperature: 0.7, top_k: k, top_p: p };
+            let sampling = Sampling { temperature: 0.7, top_k: k, top_p: p, ..Sampling::default() };
             let token = sampling.draw(&logits, &mut Generator::new(seed, 0)).unwrap();
             prop_assert!(sampling.candidates(&logits).iter().any(|t| t.0 == token));
         }
@@ -150,7 +201,7 @@ mod tests {
     #[test]
     fn draws_follow_the_probabilities() {
         let logits = [0.0, 1.0, 2.0, -1.0].map(|l: f32| l);
-        let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0 };
+        let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, ..Sampling::default() };
         let mut generator = Generator::new(5, 0);
         let mut counts = [0f64; 4];
         for _ in 0..40_000 {

@@ -1,57 +1,69 @@
-//! What rank 0 keeps of a run: rows, lines and checkpoints.
+//! What rank 0 keeps of a run: rows, lines, samples and checkpoints.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use tch::Tensor;
 
-use super::learner::{Learner, Sums, Update};
-use crate::Result;
-use crate::checkpoint::{self, CheckpointState, Contents};
+use super::evaluation::Sums;
+use super::learner::{Learner, Update};
+use super::speed::Pace;
+use crate::checkpoint::{self, CheckpointState, Saver, Snapshot};
 use crate::config::Config;
-use crate::metrics::{Phase, Progress, Recorder, Row, RunFolder};
+use crate::metrics::{Figures, Histogram, Phase, Progress, Recorder, Row, RunFolder};
+use crate::{Error, Result};
 
 /// The optimizer's state by name.
 type Moments = [(String, Tensor)];
 
 /// Rank 0's record of the run.
 pub(super) struct Journal {
-    run: RunFolder,
     recorder: Recorder,
     progress: Progress,
+    saver: Saver,
     config: Config,
     tokenizer: PathBuf,
-    total: u64,
-    /// The update that this start goes on from; checkpoints of later ones are written anew.
+    /// The update that this start goes on from; checkpoints of it that stand already may stay.
     resumed_at: u64,
     started: Instant,
     /// Seconds of training before this start.
     earlier: f64,
+    /// Operations for a token, and operations per second that all ranks can do together.
+    flops: (f64, f64),
+    /// Whether the last row could not be written: a full disk is complained of once.
+    failing: bool,
 }
 
 impl Journal {
     /// Opens the record of `run` to go on from `state`.
     pub fn open(
-        run: RunFolder,
+        run: &RunFolder,
         config: &Config,
         tokenizer: &Path,
         state: &CheckpointState,
         total: u64,
+        flops: (f64, f64),
     ) -> Result<Journal> {
         checkpoint::clean_leftovers(&run.root)?;
         checkpoint::clean_leftovers(&run.logs)?;
+        let superseded = checkpoint::set_aside_later(&run.root, state.global_step)?;
         checkpoint::write_atomically(&run.root.join("config_used.yaml"), config.to_yaml().as_bytes())?;
-        Ok(Journal {
-            recorder: Recorder::open(&run, state.global_step)?,
+        let journal = Journal {
+            recorder: Recorder::open(run, state.global_step)?,
             progress: Progress::new(state.global_step, total),
-            run,
+            saver: Saver::new(run.root.clone(), config.training.keep_checkpoints),
             config: config.clone(),
             tokenizer: tokenizer.to_path_buf(),
-            total,
             resumed_at: state.global_step,
             started: Instant::now(),
             earlier: state.wall_time,
-        })
+            flops,
+            failing: false,
+        };
+        for path in superseded {
+            journal.say(&format!("resume: moved a later checkpoint to {}", path.display()));
+        }
+        Ok(journal)
     }
 
     /// Says a line.
@@ -64,19 +76,59 @@ impl Journal {
         self.progress.step(step, update.sums.mean_loss(), lr, tokens_per_s);
     }
 
-    /// Records an update.
-    pub fn trained(&mut self, place: Place, update: &Update, lr: f64, tokens_per_s: f64) -> Result<()> {
-        let norm = update.grad_norm.map(|norm| format!(" | gradient norm {norm:.3}")).unwrap_or_default();
-        let detail = if update.skipped { format!("{norm} | skipped: overflow in fp16") } else { norm };
-        let row = self.row(Phase::Train, place, &update.sums, lr, tokens_per_s);
-        self.recorder.record(&row, &detail, &self.progress)
+    /// Says that an update was skipped.
+    pub fn skipped(&self, step: u64, update: &Update) {
+        if let Some(reason) = update.skipped {
+            let norm = update.grad_norm.map(|norm| format!(", gradient norm {norm}")).unwrap_or_default();
+            self.say(&format!("step {step} | skipped: {reason} (loss {}{norm})", update.sums.mean_loss()));
+        }
+    }
+
+    /// Records an update; `skipped` counts those since the start of training.
+    pub fn trained(&mut self, place: Place, update: &Update, lr: f64, pace: &Pace, skipped: u64) {
+        let (per_token, peak) = self.flops;
+        let more = Figures {
+            grad_norm: update.grad_norm,
+            step_ms: Some(pace.step_ms()),
+            mfu: (peak > 0.0).then(|| pace.tokens_per_s() * per_token / peak),
+            memory_bytes: crate::memory::resident_bytes(),
+            waiting: Some(pace.waiting()),
+            skipped: Some(skipped),
+            ..Figures::default()
+        };
+        let row = self.row(Phase::Train, place, &update.sums, lr, pace.tokens_per_s());
+        // Not every update counts it.
+        let accuracy = row.accuracy.filter(|accuracy| *accuracy > 0.0);
+        self.record(&Row { accuracy, more, ..row }, "");
     }
 
     /// Records a validation.
-    pub fn validated(&mut self, place: Place, sums: &Sums, lr: f64, seconds: f64) -> Result<()> {
+    pub fn validated(&mut self, place: Place, sums: &Sums, lr: f64, seconds: f64) {
+        let more = Figures {
+            tokens: Some(sums.tokens),
+            bits_per_byte: (sums.bytes > 0.0).then(|| sums.bits_per_byte()),
+            ..Figures::default()
+        };
         let row = self.row(Phase::Val, place, sums, lr, sums.tokens / seconds);
-        let detail = format!(" | {} tokens in {seconds:.1} s", sums.tokens);
-        self.recorder.record(&row, &detail, &self.progress)
+        self.record(&Row { more, ..row }, &format!(" in {seconds:.1} s"));
+    }
+
+    /// Records what the model wrote.
+    pub fn sampled(&mut self, global_step: u64, text: &str) {
+        let outcome = self.recorder.sample(global_step, text, &self.progress);
+        self.complain(outcome);
+    }
+
+    /// Records how the weights and their gradients are distributed.
+    pub fn histograms(&mut self, global_step: u64, learner: &Learner) {
+        for (name, parameter) in learner.model.parameters() {
+            for (what, tensor) in [("weights", parameter.shallow_clone()), ("gradients", parameter.grad())] {
+                if let Some(histogram) = tensor.defined().then(|| Histogram::of(&tensor)).flatten() {
+                    let outcome = self.recorder.histogram(&format!("{what}/{name}"), global_step, &histogram);
+                    self.complain(outcome);
+                }
+            }
+        }
     }
 
     fn row(&self, phase: Phase, place: Place, sums: &Sums, lr: f64, throughput: f64) -> Row {
@@ -87,70 +139,74 @@ impl Journal {
             global_step: place.global_step,
             lr,
             loss: sums.mean_loss(),
-            // Not every update counts it.
-            accuracy: (sums.correct > 0.0 || phase == Phase::Val).then(|| sums.accuracy()),
+            perplexity: sums.perplexity(),
+            accuracy: Some(sums.accuracy()),
             throughput,
             wall_time: self.wall_time(),
+            more: Figures::default(),
         }
+    }
+
+    fn record(&mut self, row: &Row, detail: &str) {
+        let outcome = self.recorder.record(row, detail, &self.progress);
+        self.complain(outcome);
+    }
+
+    /// A full disk is no reason to lose the run.
+    fn complain(&mut self, outcome: Result<()>) {
+        if let Err(error) = &outcome
+            && !self.failing
+        {
+            self.say(&format!("warning: a row was not recorded: {error}"));
+        }
+        self.failing = outcome.is_err();
     }
 
     fn wall_time(&self) -> f64 {
         self.earlier + self.started.elapsed().as_secs_f64()
     }
 
-    /// Writes the checkpoints that are due after the update that `state` describes. One that stands already, from
-    /// before a resume, stays.
-    pub fn save_due(&self, state: &CheckpointState, learner: &Learner, moments: &Moments) -> Result<()> {
-        let every = self.config.training.save_interval;
-        let at_edge = state.step == 0;
-        let epoch = if at_edge { state.epoch } else { state.epoch + 1 };
-        if every > 0 && state.global_step.is_multiple_of(every) {
-            self.save_or_warn(&format!("checkpoint_epoch{epoch}_step{}", state.global_step), state, learner, moments);
-            checkpoint::prune(&self.run.root, self.config.training.keep_checkpoints)?;
-        }
-        if at_edge {
-            self.save_or_warn(&format!("checkpoint_epoch{epoch}"), state, learner, moments);
-        }
-        if state.global_step >= self.total {
-            self.save("final_model", state, learner, moments)?;
-        }
-        Ok(())
+    /// Has the checkpoints `names` of the update that `state` describes written in the background. One that stands
+    /// already, from before a resume, stays.
+    pub fn save(&mut self, names: &[String], state: &CheckpointState, learner: &Learner, moments: &Moments) {
+        let state = CheckpointState {
+            wall_time: self.wall_time(),
+            scaler: learner.scaler,
+            guard: learner.guard.state.clone(),
+            ..state.clone()
+        };
+        let may_stand = state.global_step == self.resumed_at;
+        let tokenizer = Some(&*self.tokenizer);
+        let snapshot = Snapshot::take(&learner.model.parameters(), moments, state, self.config.clone(), tokenizer);
+        names.iter().for_each(|name| self.saver.save(name, &snapshot, may_stand));
+        self.warn_of(self.saver.failures());
     }
 
-    /// Writes `best_model`.
-    pub fn save_best(&self, state: &CheckpointState, learner: &Learner, moments: &Moments) {
-        self.save_or_warn("best_model", state, learner, moments);
-    }
-
-    /// A full disk is no reason to lose the run: the older checkpoints are whole.
-    fn save_or_warn(&self, name: &str, state: &CheckpointState, learner: &Learner, moments: &Moments) {
-        if let Err(error) = self.save(name, state, learner, moments) {
+    /// The older checkpoints are whole: training can go on.
+    fn warn_of(&self, failures: Vec<(String, Error)>) {
+        for (name, error) in failures {
             self.say(&format!("warning: {name} was not saved: {error}"));
         }
     }
 
-    fn save(&self, name: &str, state: &CheckpointState, learner: &Learner, moments: &Moments) -> Result<()> {
-        let path = self.run.root.join(name);
-        let resumed = state.global_step == self.resumed_at;
-        if resumed && checkpoint::verify(&path).is_ok_and(|there| there.global_step == state.global_step) {
-            return Ok(());
-        }
-        let state = CheckpointState { wall_time: self.wall_time(), scaler: learner.scaler, ..state.clone() };
-        let contents = Contents {
-            model: &learner.model.parameters(),
-            optimizer: moments,
-            state: &state,
-            config: &self.config,
-            tokenizer: Some(&self.tokenizer),
-        };
-        checkpoint::save_checkpoint(&self.run.root, name, &contents).map(drop)
-    }
-
-    /// Takes the bar away.
-    pub fn close(&self) {
+    /// Waits for the last checkpoints and takes the bar away.
+    ///
+    /// # Errors
+    /// Where the last of them, `final_model`, could not be written.
+    pub fn close(&mut self) -> Result<()> {
+        let mut failures = self.saver.finish();
+        let last = failures.iter().position(|(name, _)| name == FINAL).map(|at| failures.remove(at));
+        self.warn_of(failures);
         self.progress.finish();
+        last.map_or(Ok(()), |(_, error)| Err(error))
     }
 }
+
+/// The name of the last checkpoint.
+pub(super) const FINAL: &str = "final_model";
+
+/// The name of the checkpoint with the lowest validation loss.
+pub(super) const BEST: &str = "best_model";
 
 /// The place of an update as rows name it; epochs and updates count from 1.
 #[derive(Clone, Copy, Debug)]

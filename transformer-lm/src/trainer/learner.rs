@@ -1,63 +1,33 @@
 //! One optimizer update: forward and backward over the micro-batches, reduction, clipping, step.
 
-use hvd_torch::{
-    AdamW, Autocast, Compression, DistributedOptimizer, Optimizer, ParamGroup, ReduceOp, ShardedAdamW, World,
-};
-use tch::{Device, Kind, Tensor, nn};
+use std::time::Instant;
 
+use hvd_torch::{AdamW, Compression, DistributedOptimizer, Optimizer, ParamGroup, ReduceOp, ShardedAdamW, World};
+use tch::{Device, Tensor, nn};
+
+use super::evaluation::{Precision, Sums};
+use super::guard::{Guard, Skip};
 use super::plan::BatchPlan;
 use crate::checkpoint::ScalerState;
-use crate::config::{AmpDtype, Config, HorovodCompression};
-use crate::model::{ModelConfig, TransformerLM};
+use crate::config::{Config, HorovodCompression, WeightDecayOn};
+use crate::model::{Backward, ModelConfig, TransformerLM};
 use crate::{Error, Result};
 
 /// fp16's first loss scale, and the updates without overflow after which it doubles; PyTorch's values.
 const FIRST_SCALE: f64 = 65536.0;
 const GROWTH_INTERVAL: u64 = 2000;
 
-/// Sums over tokens; of one rank, then of all.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Sums {
-    /// Summed loss in nats.
-    pub loss: f64,
-    /// Valid tokens.
-    pub tokens: f64,
-    /// Tokens that the model found likeliest.
-    pub correct: f64,
-}
-
-impl Sums {
-    /// Adds the sums of all ranks.
-    ///
-    /// # Errors
-    /// [`Error::Hvd`].
-    pub fn over_ranks(self, world: &World, name: &str) -> Result<Sums> {
-        let values = Tensor::from_slice(&[self.loss, self.tokens, self.correct]);
-        hvd_torch::ops::allreduce_(world, &values, name, ReduceOp::Sum)?;
-        let [loss, tokens, correct] = [0, 1, 2].map(|i| values.double_value(&[i]));
-        Ok(Sums { loss, tokens, correct })
-    }
-
-    /// Mean loss in nats per token.
-    pub fn mean_loss(&self) -> f64 {
-        self.loss / self.tokens
-    }
-
-    /// Share of tokens that the model found likeliest.
-    pub fn accuracy(&self) -> f64 {
-        self.correct / self.tokens
-    }
-}
-
 /// What an update did.
 #[derive(Clone, Copy, Debug)]
 pub struct Update {
     /// Over the global batch, before the update.
     pub sums: Sums,
-    /// Norm of the reduced gradients before clipping; none where clipping is off.
+    /// Norm of the reduced gradients before clipping; none where nobody asks for it.
     pub grad_norm: Option<f64>,
-    /// fp16 only: the gradients overflowed, so the update was skipped.
-    pub skipped: bool,
+    /// Why the parameters were left as they were.
+    pub skipped: Option<Skip>,
+    /// Seconds that this rank waited for the others: for figures and gradients that were not there when it was done.
+    pub waited: f64,
 }
 
 /// The model and what trains it.
@@ -68,10 +38,13 @@ pub struct Learner {
     pub optimizer: DistributedOptimizer<Box<dyn Optimizer>>,
     /// fp16's loss scaler.
     pub scaler: Option<ScalerState>,
+    /// Decides which updates are not made.
+    pub guard: Guard,
     world: World,
     /// Whether the optimizer's state is spread over the ranks.
     sharded: bool,
-    precision: Precision,
+    /// What arithmetic runs in.
+    pub precision: Precision,
     max_grad_norm: f64,
     /// Valid tokens of an update where no label is left out. Losses are divided by it before the backward pass, so that
     /// gradients have their final size while they travel.
@@ -107,6 +80,7 @@ impl Learner {
             model,
             optimizer,
             scaler: precision.scaled.then_some(ScalerState { scale: FIRST_SCALE, good_steps: 0 }),
+            guard: Guard::new(&config.training),
             world: world.clone(),
             sharded,
             precision,
@@ -128,28 +102,47 @@ impl Learner {
     /// One update from this rank's micro-batches (B, T+1) of the global batch. `step` is the number of updates before it.
     ///
     /// # Errors
-    /// [`Error::Training`] where loss or gradients are not finite, on all ranks alike.
+    /// [`Error::Training`] where too many updates in a row had to be skipped, on all ranks alike.
     pub fn update(&mut self, batches: &[Tensor], lr: f64, step: u64, accuracy: bool) -> Result<Update> {
         self.optimizer.zero_grad()?;
         self.optimizer.set_lr(lr);
-        let sums = self.accumulate(batches, step, accuracy)?.over_ranks(&self.world, "train.sums")?;
+        let own = self.accumulate(batches, step, accuracy)?;
+        let started = Instant::now();
+        let sums = own.over_ranks(&self.world, "train.sums")?;
         self.optimizer.synchronize()?;
+        let waited = started.elapsed().as_secs_f64();
         let factor = self.nominal_tokens / (sums.tokens * self.scale());
         if factor != 1.0 {
             self.optimizer.scale_gradients(factor)?;
         }
-        let clips = self.max_grad_norm > 0.0;
-        let limit = if clips { self.max_grad_norm } else { f64::INFINITY };
-        let norm = if clips || self.scaler.is_some() { Some(self.optimizer.clip_grad_norm(limit)?) } else { None };
-        let finite = sums.loss.is_finite() && norm.is_none_or(f64::is_finite);
-        let skipped = self.scaler.as_mut().is_some_and(|scaler| scaler.skips(finite));
-        if !finite && !skipped {
-            return Err(not_finite(sums.mean_loss(), norm, lr, step + 1));
+        let grad_norm = self.clip()?;
+        let skipped = self.judge(sums.mean_loss(), grad_norm);
+        if self.guard.gives_up() {
+            return Err(gives_up(&self.guard, sums.mean_loss(), grad_norm, lr, step + 1));
         }
-        if !skipped {
+        if skipped.is_none() {
             self.optimizer.step()?;
         }
-        Ok(Update { sums, grad_norm: norm, skipped })
+        Ok(Update { sums, grad_norm, skipped, waited })
+    }
+
+    /// Clips the reduced gradients, if asked for; their norm before, if anybody wants it.
+    fn clip(&mut self) -> Result<Option<f64>> {
+        let clips = self.max_grad_norm > 0.0;
+        if !clips && self.scaler.is_none() && !self.guard.wants_norm() {
+            return Ok(None);
+        }
+        let limit = if clips { self.max_grad_norm } else { f64::INFINITY };
+        Ok(Some(self.optimizer.clip_grad_norm(limit)?))
+    }
+
+    /// fp16 overflows now and then as its scale is sounded out: that is not the guard's matter.
+    fn judge(&mut self, loss: f64, norm: Option<f64>) -> Option<Skip> {
+        let finite = loss.is_finite() && norm.is_none_or(f64::is_finite);
+        match self.scaler.as_mut().is_some_and(|scaler| scaler.skips(finite)) {
+            true => Some(Skip::Overflow),
+            false => self.guard.judge(loss, norm),
+        }
     }
 
     fn scale(&self) -> f64 {
@@ -164,31 +157,15 @@ impl Learner {
             if let Some(seed) = self.dropout_seed {
                 hvd_torch::reseed(&[seed, step, micro as u64, self.world.rank() as u64]);
             }
-            let part = self.precision.run(|| self.model.batch_loss(batch, true, accuracy))?;
-            (&part.loss * (self.scale() / self.nominal_tokens)).f_backward()?;
+            let factor = self.scale() / self.nominal_tokens;
+            let part = self.model.backward(batch, &Backward { factor, accuracy, autocast: self.precision.autocast })?;
             sums.tokens += part.tokens as f64;
-            losses.push((part.loss.detach(), part.correct));
+            losses.push((part.loss, part.correct));
         }
         // Read after the last backward pass: on CUDA a read waits for the device.
         for (loss, correct) in losses {
             sums.loss += loss.double_value(&[]);
             sums.correct += correct.map_or(0.0, |correct| correct.int64_value(&[]) as f64);
-        }
-        Ok(sums)
-    }
-
-    /// This rank's sums over batches (B, T+1) without training.
-    ///
-    /// # Errors
-    /// What reading a batch gives.
-    pub fn evaluate(&self, batches: impl Iterator<Item = Result<Tensor>>) -> Result<Sums> {
-        let mut sums = Sums::default();
-        for batch in batches {
-            let batch = batch?;
-            let part = tch::no_grad(|| self.precision.run(|| self.model.batch_loss(&batch, false, true)))?;
-            sums.loss += part.loss.double_value(&[]);
-            sums.tokens += part.tokens as f64;
-            sums.correct += part.correct.map_or(0.0, |correct| correct.int64_value(&[]) as f64);
         }
         Ok(sums)
     }
@@ -216,10 +193,11 @@ impl Learner {
     }
 }
 
-fn not_finite(loss: f64, norm: Option<f64>, lr: f64, step: u64) -> Error {
+fn gives_up(guard: &Guard, loss: f64, norm: Option<f64>, lr: f64, step: u64) -> Error {
     let norm = norm.map(|norm| format!(", gradient norm {norm}")).unwrap_or_default();
+    let rows = guard.state.in_a_row;
     Error::Training(format!(
-        "the loss or its gradient is not finite at step {step} (loss {loss}{norm}, learning rate {lr:e})\n\
+        "{rows} updates in a row had to be skipped, the last at step {step} (loss {loss}{norm}, learning rate {lr:e})\n\
          hint: lower training.learning_rate or raise training.warmup_steps, then go on from the last checkpoint with --resume"
     ))
 }
@@ -237,7 +215,6 @@ impl ScalerState {
     }
 }
 
-/// AdamW with decay on matrices only: biases and gains have no reason to be small.
 /// Models with fewer parameters are not worth the messages that sharding costs.
 const SHARDED_FROM: usize = 32_000_000;
 
@@ -248,7 +225,8 @@ fn is_sharded(config: &Config, model: &TransformerLM, world: &World) -> bool {
 
 fn adamw(config: &Config, model: &TransformerLM, world: &World, sharded: bool) -> Result<Box<dyn Optimizer>> {
     let training = &config.training;
-    let (decayed, others) = model.parameters().into_iter().partition(|(_, parameter)| parameter.dim() >= 2);
+    let all = training.weight_decay_on == WeightDecayOn::All;
+    let (decayed, others) = model.parameters().into_iter().partition(|(_, parameter)| all || parameter.dim() >= 2);
     let group = |params, weight_decay| ParamGroup { params, lr: training.learning_rate, weight_decay };
     let groups = vec![group(decayed, training.weight_decay), group(others, 0.0)];
     let (betas, eps) = (training.betas.into(), training.eps);
@@ -263,37 +241,5 @@ fn compression(config: &Config) -> Compression {
         HorovodCompression::None => Compression::None,
         HorovodCompression::Fp16 => Compression::Fp16,
         HorovodCompression::Bf16 => Compression::Bf16,
-    }
-}
-
-/// What `amp_dtype` comes to on a device.
-#[derive(Clone, Copy, Debug)]
-struct Precision {
-    device: Device,
-    weights: Kind,
-    autocast: Option<Kind>,
-    scaled: bool,
-}
-
-impl Precision {
-    fn new(dtype: AmpDtype, device: Device) -> Result<Precision> {
-        let (weights, autocast) = match dtype {
-            AmpDtype::Bf16 => (Kind::Float, Some(Kind::BFloat16)),
-            AmpDtype::Fp16 => (Kind::Float, Some(Kind::Half)),
-            AmpDtype::Fp32 => (Kind::Float, None),
-            AmpDtype::Fp64 => (Kind::Double, None),
-        };
-        if dtype == AmpDtype::Fp16 && !device.is_cuda() {
-            let text =
-                "training.amp_dtype = fp16 needs CUDA, and this rank computes on the CPU\nhint: use bf16 or fp32";
-            return Err(Error::Config(text.into()));
-        }
-        Ok(Precision { device, weights, autocast, scaled: dtype == AmpDtype::Fp16 })
-    }
-
-    /// Runs a forward pass, under autocast where asked for.
-    fn run<T>(&self, forward: impl FnOnce() -> Result<T>) -> Result<T> {
-        let _guard = self.autocast.map(|kind| Autocast::enter(self.device, kind)).transpose()?;
-        forward()
     }
 }

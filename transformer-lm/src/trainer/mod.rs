@@ -1,11 +1,14 @@
 //! The training loop, from the first step to the last checkpoint.
 
+mod evaluation;
+mod guard;
 mod journal;
 mod learner;
 mod plan;
 mod resume;
 mod schedule;
 mod setup;
+mod speed;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,21 +16,27 @@ use std::time::Instant;
 
 use tch::Device;
 
-use crate::checkpoint::{self, CheckpointState, FORMAT_VERSION};
+use crate::checkpoint::{self, CheckpointState, FORMAT_VERSION, GuardState};
 use crate::config::{Config, TrainingSection};
 use crate::data::{
-    LoaderConfig, PreparedData, TOKENIZER_FILE, TrainLoader, ValLoader, load_preprocessed_data, loaders_of,
+    BatchStream, LoaderConfig, PreparedData, TOKENIZER_FILE, Tokenizer, TrainLoader, load_preprocessed_data, loaders_of,
 };
+use crate::generate::{TextParams, generate_text};
 use crate::metrics::{self, RunMetadata};
+use crate::model::ModelConfig;
 use crate::{Error, Result};
 
-use journal::{Journal, Place};
+use journal::{BEST, FINAL, Journal, Place};
+use speed::Pace;
 
-pub use learner::{Learner, Sums, Update};
+pub use evaluation::{Evaluator, Precision, Sums};
+pub use guard::{Guard, Skip};
+pub use learner::{Learner, Update};
 pub use plan::{BatchPlan, most_at_once, total_steps};
 pub use resume::Resume;
 pub use schedule::Schedule;
 pub use setup::{Setup, device_of, launched_rank, setup_horovod};
+pub use speed::{flops_per_token, measure_peak_flops};
 
 /// How a run ended.
 #[derive(Clone, Debug)]
@@ -72,7 +81,10 @@ struct Run<'a> {
     /// With the vocabulary's size filled in.
     config: Config,
     train: TrainLoader,
-    val: ValLoader,
+    /// Batches from the present position on.
+    batches: BatchStream,
+    evaluator: Evaluator,
+    tokenizer: Tokenizer,
     learner: Learner,
     schedule: Schedule,
     /// Updates in all.
@@ -81,8 +93,8 @@ struct Run<'a> {
     /// Rank 0's.
     journal: Option<Journal>,
     run: Option<PathBuf>,
-    /// Tokens and seconds of updates since the last row.
-    pace: (f64, f64),
+    /// Of the updates since the last row.
+    pace: Pace,
 }
 
 impl<'a> Run<'a> {
@@ -96,29 +108,33 @@ impl<'a> Run<'a> {
         let (train, val) = loaders_of(&data, &loader_config(&config, &plan, setup, device))?;
         let total = total_steps(&config.training, train.steps_per_epoch());
         let learner = Learner::new(&config, &shape, &plan, &setup.world, device)?;
+        let evaluator = Evaluator::new(val, &data.tokenizer, learner.precision);
         let mut run = Run {
+            batches: train.stream(0, 0, 0),
+            tokenizer: data.tokenizer.clone(),
             schedule: Schedule::new(&config.training, setup.world_size, total),
             state: fresh_state(&config, &plan, &train, setup),
             setup,
             train,
-            val,
+            evaluator,
             learner,
             total,
             journal: None,
             run: None,
-            pace: (0.0, 0.0),
+            pace: Pace::default(),
             config,
         };
-        run.take_up(resume, run_name, device)?;
+        run.take_up(resume, run_name, &shape, device)?;
+        let CheckpointState { epoch, step, .. } = run.state;
+        run.batches = run.train.stream(epoch, step, run.config.data.num_workers);
         run.introduce(&data, &shape, &plan, device);
         Ok(run)
     }
 
     /// Rank 0 finds the folder and loads the checkpoint; the others take its state.
-    fn take_up(&mut self, resume: Option<&Resume>, run_name: &str, device: Device) -> Result<()> {
+    fn take_up(&mut self, resume: Option<&Resume>, run_name: &str, shape: &ModelConfig, device: Device) -> Result<()> {
         self.agree()?;
-        let threads = self.setup.threads;
-        let here = metrics::Device { host: metrics::host(), device: device_name(device), threads };
+        let here = self.describe_device(device);
         let mut moments = Vec::new();
         let devices = self.setup.world.allgather_object("run.devices", &here).map_err(hvd_torch::Error::from)?;
         if self.setup.rank == 0 {
@@ -134,19 +150,34 @@ impl<'a> Run<'a> {
             }
             let run = start.run.with_folders()?;
             self.run = Some(run.root.clone());
+            let peak = devices.iter().map(|device| device.peak_flops).sum();
             RunMetadata::collect(devices, start.checkpoint.as_deref()).append(&run.root)?;
             let tokenizer = self.config.data.data_dir.join(TOKENIZER_FILE);
-            let journal = Journal::open(run, &self.config, &tokenizer, &self.state, self.total)?;
+            let flops = (flops_per_token(shape), peak);
+            let journal = Journal::open(&run, &self.config, &tokenizer, &self.state, self.total, flops)?;
             start.notes.iter().for_each(|note| journal.say(note));
             self.journal = Some(journal);
         }
         let state = (self.setup.rank == 0).then(|| self.state.clone());
         self.state = self.setup.world.broadcast_object("run.state", state, 0).map_err(hvd_torch::Error::from)?;
         self.learner.scaler = self.state.scaler.or(self.learner.scaler);
+        self.learner.guard.state = self.state.guard.clone();
         self.learner.broadcast()?;
         match self.state.global_step {
             0 => Ok(()),
             _ => self.learner.load_moments(&moments),
+        }
+    }
+
+    /// This rank's place and speed.
+    fn describe_device(&self, device: Device) -> metrics::Device {
+        let kind = self.learner.precision.autocast.unwrap_or(self.learner.precision.weights);
+        let peak = self.config.training.peak_tflops.map(|tflops| 1e12 * tflops);
+        metrics::Device {
+            host: metrics::host(),
+            device: device_name(device),
+            threads: self.setup.threads,
+            peak_flops: peak.unwrap_or_else(|| measure_peak_flops(device, kind)),
         }
     }
 
@@ -156,7 +187,7 @@ impl<'a> Run<'a> {
         let Config { model, training, distributed, seed, .. } = &self.config;
         let training = TrainingSection { device: TrainingSection::default().device, ..training.clone() };
         let settings = format!("{model:?} {training:?} {distributed:?} {seed:?}");
-        let data = (self.train.steps_per_epoch(), self.val.total_predictions());
+        let data = (self.train.steps_per_epoch(), self.evaluator.total_predictions());
         let all =
             self.setup.world.allgather_object("run.settings", &(settings, data)).map_err(hvd_torch::Error::from)?;
         let differs = |what: &str, rank: usize| {
@@ -175,14 +206,13 @@ impl<'a> Run<'a> {
 
     fn train(mut self) -> Result<Summary> {
         if self.state.global_step > 0 {
-            self.save_due()?; // what a kill prevented right after the checkpoint that we go on from
+            self.save(self.due_checkpoints())?; // what a kill prevented right after the checkpoint that we go on from
         }
-        while self.state.global_step < self.total {
+        while self.state.global_step < self.total && !self.has_converged() {
             self.update()?;
-            if self.is_due(self.config.training.eval_interval) {
-                self.validate()?;
-            }
-            self.save_due()?;
+            let best = self.is_due(self.config.training.eval_interval) && self.validate()?;
+            let best = best.then(|| BEST.to_string());
+            self.save(best.into_iter().chain(self.due_checkpoints()).collect())?;
         }
         self.finish()
     }
@@ -193,20 +223,23 @@ impl<'a> Run<'a> {
         let place = Place { epoch: self.state.epoch + 1, update: self.state.step + 1, global_step: done + 1 };
         let logs = done == 0 || (done + 1).is_multiple_of(self.config.training.log_interval) || done + 1 == self.total;
         let started = Instant::now();
-        let batches = self.train.step(self.state.epoch, self.state.step)?;
+        let batches = self.batches.next().unwrap_or_else(|| Ok(Vec::new()))?;
         let update = self.learner.update(&batches, lr, done, logs)?;
-        self.pace.0 += update.sums.tokens;
-        self.pace.1 += started.elapsed().as_secs_f64();
+        self.pace.add(update.sums.tokens, started.elapsed().as_secs_f64(), update.waited);
         self.advance(update.sums.mean_loss());
+        let every = self.config.training.histogram_interval;
         if let Some(journal) = &mut self.journal {
-            let tokens_per_s = self.pace.0 / self.pace.1;
-            journal.tick(done + 1, &update, lr, tokens_per_s);
+            journal.tick(done + 1, &update, lr, self.pace.tokens_per_s());
+            journal.skipped(done + 1, &update);
             if logs {
-                journal.trained(place, &update, lr, tokens_per_s)?;
+                journal.trained(place, &update, lr, &self.pace, self.learner.guard.state.skipped);
+            }
+            if every > 0 && (done + 1).is_multiple_of(every) {
+                journal.histograms(done + 1, &self.learner);
             }
         }
         if logs {
-            self.pace = (0.0, 0.0);
+            self.pace = Pace::default();
         }
         Ok(())
     }
@@ -214,7 +247,8 @@ impl<'a> Run<'a> {
     /// Moves the position past an update.
     fn advance(&mut self, loss: f64) {
         let state = &mut self.state;
-        (state.global_step, state.step, state.loss) = (state.global_step + 1, state.step + 1, Some(loss));
+        let loss = loss.is_finite().then_some(loss);
+        (state.global_step, state.step, state.loss) = (state.global_step + 1, state.step + 1, loss);
         if state.step == self.train.steps_per_epoch() {
             (state.epoch, state.step) = (state.epoch + 1, 0);
         }
@@ -226,55 +260,94 @@ impl<'a> Run<'a> {
         step == self.total || self.state.step == 0 || (interval > 0 && step.is_multiple_of(interval))
     }
 
-    /// The loss over the whole held-out part; each rank takes a share.
-    fn validate(&mut self) -> Result<()> {
+    /// Whether the loss over the held-out part has not fallen for as long as the configuration's patience.
+    fn has_converged(&self) -> bool {
+        let patience = self.config.training.early_stopping_patience;
+        patience.is_some_and(|patience| self.state.validations_since_best >= patience)
+    }
+
+    /// The loss over the whole held-out part; each rank takes a share. Whether it is the lowest so far.
+    fn validate(&mut self) -> Result<bool> {
         let started = Instant::now();
-        let sums = self.learner.evaluate(self.val.batches())?.over_ranks(&self.setup.world, "val.sums")?;
+        let sums = self.evaluator.evaluate(&self.learner.model, &self.setup.world)?;
         let best = self.state.best_val_loss.is_none_or(|best| sums.mean_loss() < best);
         if best {
-            self.state.best_val_loss = Some(sums.mean_loss());
+            self.state.best_val_loss = Some(sums.mean_loss()).filter(|loss| loss.is_finite());
         }
+        self.state.validations_since_best = if best { 0 } else { self.state.validations_since_best + 1 };
+        let place = self.last_place();
+        let lr = self.schedule.at(self.state.global_step - 1);
         if let Some(journal) = &mut self.journal {
-            let at_edge = self.state.step == 0;
-            let place = Place {
-                epoch: if at_edge { self.state.epoch } else { self.state.epoch + 1 },
-                update: if at_edge { self.train.steps_per_epoch() } else { self.state.step },
-                global_step: self.state.global_step,
-            };
-            let lr = self.schedule.at(self.state.global_step - 1);
-            journal.validated(place, &sums, lr, started.elapsed().as_secs_f64())?;
+            journal.validated(place, &sums, lr, started.elapsed().as_secs_f64());
         }
-        if best {
-            let moments = self.learner.moments()?;
-            self.journal.iter().for_each(|journal| journal.save_best(&self.state, &self.learner, &moments));
+        self.sample();
+        Ok(best)
+    }
+
+    /// The update that was made last, as rows name it.
+    fn last_place(&self) -> Place {
+        let CheckpointState { epoch, step, global_step, .. } = self.state;
+        match step {
+            0 => Place { epoch, update: self.train.steps_per_epoch(), global_step },
+            _ => Place { epoch: epoch + 1, update: step, global_step },
+        }
+    }
+
+    /// Rank 0 lets the model speak. Its draws are its own, so training goes on as if it had not.
+    fn sample(&mut self) {
+        let (training, generation) = (&self.config.training, &self.config.generation);
+        let Some(journal) = self.journal.as_mut().filter(|_| training.sample_tokens > 0) else { return };
+        let params = TextParams::of(generation, training.sample_tokens, self.config.seed.0);
+        match generate_text(&self.learner.model, &self.tokenizer, &training.sample_prompt, &params, 1) {
+            Ok(texts) => texts.iter().for_each(|text| journal.sampled(self.state.global_step, text)),
+            Err(error) => journal.say(&format!("warning: no sample: {error}")),
+        }
+    }
+
+    /// The names of the checkpoints that are due after the last update, apart from the best.
+    fn due_checkpoints(&self) -> Vec<String> {
+        let CheckpointState { epoch, step, global_step, .. } = self.state;
+        let at_edge = step == 0;
+        let epoch = if at_edge { epoch } else { epoch + 1 };
+        let every = self.config.training.save_interval;
+        let names = [
+            (every > 0 && global_step.is_multiple_of(every))
+                .then(|| format!("checkpoint_epoch{epoch}_step{global_step}")),
+            at_edge.then(|| format!("checkpoint_epoch{epoch}")),
+            (global_step >= self.total || self.has_converged()).then(|| FINAL.to_string()),
+        ];
+        names.into_iter().flatten().collect()
+    }
+
+    /// Has these checkpoints written. All ranks call it: the optimizer's state may lie on all of them.
+    fn save(&mut self, names: Vec<String>) -> Result<()> {
+        if names.is_empty() {
+            return Ok(());
+        }
+        let moments = self.learner.moments()?;
+        if let Some(journal) = &mut self.journal {
+            journal.save(&names, &self.state, &self.learner, &moments);
         }
         Ok(())
     }
 
-    /// Writes the checkpoints that are due. All ranks call it: the optimizer's state may lie on all of them.
-    fn save_due(&self) -> Result<()> {
-        if !self.is_due(self.config.training.save_interval) {
-            return Ok(());
-        }
-        let moments = self.learner.moments()?;
-        self.journal.as_ref().map_or(Ok(()), |journal| journal.save_due(&self.state, &self.learner, &moments))
-    }
-
-    fn finish(self) -> Result<Summary> {
+    fn finish(mut self) -> Result<Summary> {
+        let stopped_early = self.has_converged() && self.state.global_step < self.total;
         let CheckpointState { global_step, loss, best_val_loss, .. } = self.state;
-        if let Some(journal) = &self.journal {
-            journal.close();
+        if let Some(journal) = &mut self.journal {
+            journal.close()?;
             let best = best_val_loss
                 .map(|loss| format!("; best validation loss {loss:.4} nats per token"))
                 .unwrap_or_default();
+            let early = if stopped_early { " (stopped early: the validation loss no longer falls)" } else { "" };
             let folder = self.run.as_ref().map(|run| run.display().to_string()).unwrap_or_default();
-            journal.say(&format!("done: {global_step} updates{best}\nrun folder: {folder}"));
+            journal.say(&format!("done: {global_step} updates{early}{best}\nrun folder: {folder}"));
         }
         Ok(Summary { run: self.run, global_step, loss, best_val_loss })
     }
 
     /// Tells a person what is about to happen.
-    fn introduce(&self, data: &PreparedData, shape: &crate::model::ModelConfig, plan: &BatchPlan, device: Device) {
+    fn introduce(&self, data: &PreparedData, shape: &ModelConfig, plan: &BatchPlan, device: Device) {
         let Some(journal) = &self.journal else { return };
         let (ranks, threads) = (self.setup.world_size, self.setup.threads);
         let per_epoch = self.train.steps_per_epoch();
@@ -303,7 +376,7 @@ impl<'a> Run<'a> {
                 "steps: {} of {} updates done; {per_epoch} updates are an epoch; held out: {} tokens",
                 self.state.global_step,
                 self.total,
-                metrics::thousands(self.val.total_predictions() as f64)
+                metrics::thousands(self.evaluator.total_predictions() as f64)
             ),
         ] {
             journal.say(&line);
@@ -344,6 +417,8 @@ fn fresh_state(config: &Config, plan: &BatchPlan, train: &TrainLoader, setup: &S
         world_size: setup.world_size,
         wall_time: 0.0,
         scaler: None,
+        guard: GuardState::default(),
+        validations_since_best: 0,
         files: BTreeMap::new(),
     }
 }

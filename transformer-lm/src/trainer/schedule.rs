@@ -2,7 +2,7 @@
 
 use crate::config::{LrSchedule, TrainingSection};
 
-/// Linear warmup to the peak, then linear, cosine or no decay to `min_lr` at the last update.
+/// Linear warmup to the peak, then linear, cosine, no or late decay to `min_lr` at the last update.
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
     peak: f64,
@@ -10,6 +10,8 @@ pub struct Schedule {
     warmup: u64,
     total: u64,
     shape: LrSchedule,
+    /// Of the updates, the last ones in which [`LrSchedule::Wsd`] falls.
+    decay_share: f64,
 }
 
 impl Schedule {
@@ -22,6 +24,7 @@ impl Schedule {
             warmup: training.warmup_steps,
             total,
             shape: training.lr_schedule,
+            decay_share: training.lr_decay_share,
         }
     }
 
@@ -35,6 +38,10 @@ impl Schedule {
         let share = match self.shape {
             LrSchedule::Constant => 1.0,
             LrSchedule::Linear => 1.0 - progress,
+            LrSchedule::Wsd => {
+                let decay = (self.total as f64 * self.decay_share).min(span as f64).max(1.0);
+                (self.total.saturating_sub(done) as f64 / decay).min(1.0)
+            }
             LrSchedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
         };
         self.floor + (self.peak - self.floor) * share
@@ -58,16 +65,20 @@ mod tests {
 
     #[test]
     fn warms_up_then_follows_its_shape() {
-        use LrSchedule::{Constant, Cosine, Linear};
-        for shape in [Linear, Cosine, Constant] {
+        use LrSchedule::{Constant, Cosine, Linear, Wsd};
+        for shape in [Linear, Cosine, Constant, Wsd] {
             for (done, expected) in [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0)] {
                 assert!((schedule(shape).at(done) - expected).abs() < 1e-12);
             }
         }
-        for (shape, middle, end) in [(Linear, 0.55, 0.1), (Cosine, 0.55, 0.1), (Constant, 1.0, 1.0)] {
+        for (shape, middle, end) in [(Linear, 0.55, 0.1), (Cosine, 0.55, 0.1), (Constant, 1.0, 1.0), (Wsd, 1.0, 0.1)] {
             assert!((schedule(shape).at(60) - middle).abs() < 1e-12);
             assert!((schedule(shape).at(110) - end).abs() < 1e-12);
             assert!((schedule(shape).at(1000) - end).abs() < 1e-12);
+        }
+        // Of 110 updates the last fifth, 22, bring it down.
+        for (done, expected) in [(88, 1.0), (99, 0.55), (109, 0.1 + 0.9 / 22.0)] {
+            assert!((schedule(Wsd).at(done) - expected).abs() < 1e-12);
         }
         let quarter = 0.1 + 0.9 * 0.5 * (1.0 + (std::f64::consts::PI / 4.0).cos());
         assert!((schedule(Cosine).at(35) - quarter).abs() < 1e-12);

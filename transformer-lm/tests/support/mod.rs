@@ -20,7 +20,7 @@ pub fn tiny() -> ModelConfig {
         max_seq_len: 6,
         dropout: 0.0,
         pad_token_id: Some(7),
-        gradient_checkpointing: false,
+        ..ModelConfig::default()
     }
 }
 

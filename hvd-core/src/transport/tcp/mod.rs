@@ -27,7 +27,7 @@ use heartbeat::Heartbeat;
 use incoming::Inbox;
 use link::Link;
 use rendezvous::Connections;
-pub use rendezvous::{Identity, Meeting, Secret, source_address};
+pub use rendezvous::{Identity, Meeting, Secret};
 
 use super::matching::{Matching, Posted};
 use super::requests::Requests;
@@ -353,10 +353,6 @@ impl Transport for TcpTransport {
     fn progress(&mut self) -> Result<bool> {
         self.check(None)?;
         self.progress_inner().map_err(|error| self.fail(error))
-    }
-
-    fn is_streaming(&self) -> bool {
-        self.links.iter().flatten().any(Link::is_streaming)
     }
 
     fn abort(&mut self, cause: &str) {

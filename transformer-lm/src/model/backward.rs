@@ -1,0 +1,109 @@
+//! Loss and gradients of a micro-batch, with the activations kept or computed twice.
+
+use hvd_torch::{Autocast, autograd, reseed};
+use tch::{Kind, Tensor};
+
+use super::TransformerLM;
+use super::block::Attend;
+use super::loss::{LossSums, shifted};
+use crate::Result;
+
+/// How [`TransformerLM::backward`] computes.
+#[derive(Clone, Copy, Debug)]
+pub struct Backward {
+    /// The gradients are those of the summed loss times this.
+    pub factor: f64,
+    /// Asks for [`LossSums::correct`].
+    pub accuracy: bool,
+    /// Precision of products under autocast; none: the parameters'.
+    pub autocast: Option<Kind>,
+}
+
+impl TransformerLM {
+    /// Adds the gradients of the loss of a loader's batch (B, T+1) to the parameters' gradients; gives the loss, detached.
+    ///
+    /// With [`ModelConfig::gradient_checkpointing`](super::ModelConfig::gradient_checkpointing) only each block's input is
+    /// kept (Chen et al., 2016), and a block is computed again when its gradients are: a third more arithmetic, and the
+    /// memory of one block's activations instead of all. The gradients are the same; without dropout to the bit.
+    ///
+    /// # Errors
+    /// As [`TransformerLM::loss_sum`]; where torch fails.
+    pub fn backward(&self, batch: &Tensor, how: &Backward) -> Result<LossSums> {
+        let sums = match self.config().gradient_checkpointing {
+            true => self.backward_recomputing(batch, how)?,
+            false => {
+                let sums = self.cast(how, || self.batch_loss(batch, true, how.accuracy))?;
+                (&sums.loss * how.factor).f_backward()?;
+                sums
+            }
+        };
+        Ok(LossSums { loss: sums.loss.detach(), ..sums })
+    }
+
+    fn backward_recomputing(&self, batch: &Tensor, how: &Backward) -> Result<LossSums> {
+        let (input_ids, targets) = shifted(batch)?;
+        let dropout = DropoutSeed::draw(self.config().dropout);
+        let embed = || {
+            dropout.set(0);
+            self.cast(how, || self.embed(&input_ids, 0, true))
+        };
+        let block = |layer: usize, x: &Tensor| {
+            dropout.set(layer as u64 + 1);
+            self.cast(how, || Ok(self.blocks[layer].forward(x.shallow_clone(), &Attend::Causal, None, true)))
+        };
+
+        let mut inputs = vec![tch::no_grad(embed)?]; // of each block, and of the head: (B, T, D)
+        for layer in 0..self.blocks.len() {
+            inputs.push(tch::no_grad(|| block(layer, &inputs[layer]))?);
+        }
+
+        // The embedding's weights are used at both ends, but a gradient may arrive only once for each parameter, as its
+        // hook counts them: what the head adds is collected apart.
+        let x = leaf(&inputs[self.blocks.len()]);
+        let wte = leaf(&self.wte);
+        let head = || {
+            let logits = self.ln_f.forward(&x).linear::<Tensor>(&wte, None); // (B, T, vocabulary)
+            self.sums(&logits, &targets, true, how.accuracy)
+        };
+        let sums = self.cast(how, head)?;
+        (&sums.loss * how.factor).f_backward()?;
+
+        let mut gradient = x.f_grad()?;
+        for layer in (0..self.blocks.len()).rev() {
+            let x = leaf(&inputs[layer]);
+            inputs.truncate(layer);
+            autograd::backward(&[(&block(layer, &x)?, Some(&gradient))], false)?;
+            gradient = x.f_grad()?;
+        }
+        autograd::backward(&[(&embed()?, Some(&gradient)), (&self.wte, Some(&wte.f_grad()?))], false)?;
+        Ok(sums)
+    }
+
+    /// Runs a forward pass, under autocast where asked for.
+    fn cast<T>(&self, how: &Backward, forward: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _guard = how.autocast.map(|kind| Autocast::enter(self.device(), kind)).transpose()?;
+        forward()
+    }
+}
+
+/// The same elements as the start of a graph of their own.
+fn leaf(tensor: &Tensor) -> Tensor {
+    tensor.detach().set_requires_grad(true)
+}
+
+/// Lets dropout draw the same again when a part is computed again.
+struct DropoutSeed(Option<u64>);
+
+impl DropoutSeed {
+    /// Follows from the state of torch's generator.
+    fn draw(dropout: f64) -> Self {
+        let draw = || Tensor::randint(i64::MAX, [1], (Kind::Int64, tch::Device::Cpu)).int64_value(&[0]) as u64;
+        Self((dropout > 0.0).then(draw))
+    }
+
+    fn set(&self, part: u64) {
+        if let Some(seed) = self.0 {
+            reseed(&[seed, part]);
+        }
+    }
+}
