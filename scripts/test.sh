@@ -93,7 +93,7 @@ cargo_tests() {
     done_ "$passed passed, $failed failed"
 }
 
-# Every example of the libraries asserts what it shows: under mpirun, under MPICH's, and as ranks that we start ourselves.
+# Every example of the libraries asserts what it shows: under mpirun, under MPICH's, and under hvdrun.
 examples() {
     local source program name
     step "Examples on 2 and 3 ranks"
@@ -103,7 +103,7 @@ examples() {
         program=$TARGET/debug/examples/$name
         check "example $name, mpirun -np 2" mpirun -np 2 "$program"
         check "example $name, mpirun -np 3" mpirun -np 3 "$program"
-        check "example $name, own spawn, 2 ranks" scripts/lib/spawn.sh 2 "$program"
+        check "example $name, hvdrun -np 2" "$TARGET/debug/hvdrun" -np 2 "$program"
         with_mpich "example $name, mpirun.mpich -np 2" mpirun.mpich -np 2 "$program"
     done
     done_ "examples run"
@@ -131,6 +131,7 @@ outside_package() {
     outside_cargo build
     done_ "built"
     check "own-trainer alone" --says "on 1 ranks" "$TARGET/debug/own-trainer"
+    check "own-trainer, hvdrun -np 2" --says "on 2 ranks" "$TARGET/debug/hvdrun" -np 2 "$TARGET/debug/own-trainer"
     check "own-trainer, mpirun -np 2" --says "on 2 ranks" mpirun -np 2 "$TARGET/debug/own-trainer"
 }
 

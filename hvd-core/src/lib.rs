@@ -6,6 +6,7 @@
 #![deny(missing_docs)]
 
 pub mod config;
+pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod logging;
@@ -27,16 +28,17 @@ pub mod world;
 pub mod capability;
 
 pub use capability::{Capability, capabilities};
+pub use device::Device;
 pub use dtype::{DType, Element};
-pub use engine::Handle;
 pub use engine::observe::{Observer, Phase};
 pub use engine::submission::{Allreduce, Completion, OpKind, Output, Submission};
+pub use engine::{GroupHandle, Handle};
 pub use error::{Error, Result};
 pub use memory::Memory;
 pub use reduce::ReduceOp;
 pub use topology::Topology;
 pub use wire::Compression;
 pub use world::{
-    Backend, VecHandle, World, cross_rank, cross_size, init, init_with, is_initialised, local_rank, local_size, rank,
-    shutdown, size, world,
+    Backend, GroupVecHandle, ProcessSet, VecHandle, World, cross_rank, cross_size, init, init_with, is_initialised,
+    local_rank, local_size, rank, shutdown, size, world,
 };

@@ -47,6 +47,8 @@ pub struct Launch {
     pub topology: Topology,
     /// A text that is the same on all ranks of the job and differs between jobs of one user on one host.
     pub job: String,
+    /// Where the ranks of several hosts can meet, `host:port`, as far as the launcher says where rank 0 is.
+    pub rendezvous: Option<String>,
 }
 
 /// The environment, as a value.
@@ -116,7 +118,12 @@ impl Launch {
         } else {
             (Launcher::Alone, Topology::alone(), format!("alone-{}", std::process::id()))
         };
-        Ok(Launch { launcher, topology: topology.validated()?, job })
+        let rendezvous = match launcher {
+            Launcher::Torchrun => reader.torchrun_rendezvous()?,
+            Launcher::Srun => reader.srun_rendezvous()?,
+            _ => None,
+        };
+        Ok(Launch { launcher, topology: topology.validated()?, job, rendezvous })
     }
 }
 
@@ -200,6 +207,15 @@ impl Reader<'_> {
         format!("torchrun-{}", parts.join("-"))
     }
 
+    /// On the host of rank 0 `torchrun`'s own agent listens on MASTER_PORT: its neighbour is ours.
+    fn torchrun_rendezvous(&self) -> Result<Option<String>> {
+        let (Some(host), Some(port)) = (self.text("MASTER_ADDR"), self.optional("MASTER_PORT")?) else {
+            return Ok(None);
+        };
+        let port = if port < usize::from(u16::MAX) { port + 1 } else { port - 1 };
+        Ok(Some(joined(&host, port)))
+    }
+
     fn hydra(&self) -> Result<Topology> {
         let (rank, size) = (self.number("PMI_RANK")?, self.number("PMI_SIZE")?);
         let local_size = self.optional("MPI_LOCALNRANKS")?.unwrap_or(size);
@@ -230,10 +246,39 @@ impl Reader<'_> {
         Ok(Topology { rank, size, local_rank, local_size, cross_rank, cross_size })
     }
 
+    /// Task 0 runs on the first node of the step. The port follows from job and step, so that jobs do not collide; it lies
+    /// below those that Linux gives to outgoing connections.
+    fn srun_rendezvous(&self) -> Result<Option<String>> {
+        const PORTS: std::ops::Range<usize> = 20_000..32_000;
+        let nodes = self.text("SLURM_STEP_NODELIST").or_else(|| self.text("SLURM_JOB_NODELIST"));
+        let (Some(nodes), Some(job)) = (nodes, self.optional("SLURM_JOB_ID")?) else { return Ok(None) };
+        let step = self.optional("SLURM_STEP_ID")?.unwrap_or(0);
+        let port = PORTS.start + job.wrapping_mul(16).wrapping_add(step) % PORTS.len();
+        Ok(Some(joined(&first_node(&nodes), port)))
+    }
+
     fn srun_job(&self) -> String {
         let parts = ["SLURM_JOB_ID", "SLURM_STEP_ID"].map(|name| self.text(name).unwrap_or_default());
         format!("srun-{}", parts.join("-"))
     }
+}
+
+/// Host and port as one text; an IPv6 address in brackets.
+fn joined(host: &str, port: usize) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+/// The first name of Slurm's notation for nodes: `node[07-09,12],login` is node07, node08 and so on.
+fn first_node(list: &str) -> String {
+    let mut name = String::new();
+    let mut rest = list;
+    while let Some((before, after)) = rest.split_once('[').filter(|(before, _)| !before.contains(',')) {
+        let (numbers, after) = after.split_once(']').unwrap_or((after, ""));
+        name.push_str(before);
+        name.push_str(numbers.split([',', '-']).next().unwrap_or(""));
+        rest = after;
+    }
+    name + rest.split(',').next().unwrap_or("")
 }
 
 /// Slurm's notation for tasks on each node: `2(x3),1` is `[2, 2, 2, 1]`.
@@ -317,10 +362,27 @@ mod tests {
             ("SLURM_STEP_TASKS_PER_NODE", "2(x3),1"),
             ("PMI_RANK", "6"), // srun --mpi=pmi2 sets these as well
             ("PMI_SIZE", "7"),
+            ("SLURM_STEP_NODELIST", "node[07-09],login"),
         ]);
         let expected = Topology { rank: 6, size: 7, local_rank: 0, local_size: 1, cross_rank: 3, cross_size: 4 };
         assert_eq!((launch.launcher, launch.topology), (Launcher::Srun, expected));
         assert_eq!(launch.job, "srun-9-3");
+        assert_eq!(launch.rendezvous.as_deref(), Some("node07:20147"));
+    }
+
+    #[test]
+    fn the_first_node_of_slurms_lists() {
+        for (list, first) in [
+            ("node1", "node1"),
+            ("b,a", "b"),
+            ("n[3,5-7]", "n3"),
+            ("rack[1-2]n[03-04]-ib,x", "rack1n03-ib"),
+            ("a,n[1-2]", "a"),
+            ("n[1", "n1"),
+            ("", ""),
+        ] {
+            assert_eq!(first_node(list), first);
+        }
     }
 
     #[test]
@@ -334,10 +396,12 @@ mod tests {
             ("GROUP_WORLD_SIZE", "2"),
             ("TORCHELASTIC_RUN_ID", "abc"),
             ("MASTER_PORT", "29500"),
+            ("MASTER_ADDR", "fd00::1"),
         ]);
         assert_eq!(launch.launcher, Launcher::Torchrun);
         assert_eq!((launch.topology.cross_rank, launch.topology.cross_size), (1, 2));
         assert_eq!(launch.job, "torchrun-abc-29500-");
+        assert_eq!(launch.rendezvous.as_deref(), Some("[fd00::1]:29501"));
     }
 
     #[test]

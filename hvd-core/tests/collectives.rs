@@ -83,6 +83,45 @@ fn cases(most_elements: usize) -> impl Strategy<Value = Case> {
     )
 }
 
+/// Tensors of other memory than the buffer's: every byte must be asked for once.
+struct Elsewhere {
+    buffer: Memory,
+    source: Vec<u8>,
+    /// Results, and how often each byte has been filled and drained.
+    sink: Memory,
+    counts: Vec<[u8; 2]>,
+}
+
+impl Elsewhere {
+    fn count(&mut self, bytes: &Range<usize>, which: usize) {
+        self.counts[bytes.clone()].iter_mut().for_each(|count| count[which] += 1);
+    }
+}
+
+impl Feed for Elsewhere {
+    fn fill(&mut self, bytes: Range<usize>) {
+        self.count(&bytes, 0);
+        let into = self.buffer.slice(bytes.clone());
+        // SAFETY: the ring asks for bytes that are not in use.
+        unsafe { into.as_mut_slice() }.copy_from_slice(&self.source[bytes]);
+    }
+
+    fn drain(&mut self, bytes: Range<usize>) {
+        self.count(&bytes, 1);
+        let (into, from) = (self.sink.slice(bytes.clone()), self.buffer.slice(bytes));
+        // SAFETY: as above, and the sink is this feed's.
+        unsafe { into.as_mut_slice().copy_from_slice(from.as_slice()) };
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            assert!(self.counts.iter().all(|counts| *counts == [1, 1]), "{:?}", self.counts);
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(250))]
 
@@ -95,6 +134,25 @@ proptest! {
     fn ring_allreduce_takes_any_chunks(case in cases(500), cuts in any::<u64>()) {
         let chunks = uneven(case.elements, case.size, cuts);
         case.check(&case.run(None, |rank, buffer| case.ring(rank, buffer, chunks.clone())));
+    }
+
+    #[test]
+    fn a_ring_may_be_fed_piece_by_piece(case in cases(5000), cuts in any::<u64>(), slow in any::<u64>()) {
+        let chunks = uneven(case.elements, case.size, cuts);
+        let inputs = case.inputs();
+        let sinks: Vec<_> = inputs.iter().map(|input| memory(&vec![0xAB; input.len()])).collect();
+        case.run(delays(slow), |rank, buffer| {
+            // SAFETY: the operation has not begun.
+            unsafe { buffer.as_mut_slice() }.fill(0);
+            let counts = vec![[0, 0]; buffer.len()];
+            let feed = Elsewhere { buffer: buffer.clone(), source: inputs[rank].clone(), sink: sinks[rank].clone(), counts };
+            let (size, reduction) = (case.size, case.reduction());
+            let ring = RingAllreduce::new(rank, size, buffer, chunks.clone(), reduction, TAG, case.segment_bytes);
+            Box::new(ring.fed_by(Some(Box::new(feed))))
+        });
+        let whole = case.run(None, |rank, buffer| case.ring(rank, buffer, chunks.clone()));
+        let got: Vec<_> = sinks.iter().map(|sink| bytes(sink).to_vec()).collect();
+        prop_assert_eq!(got, whole);
     }
 
     #[test]

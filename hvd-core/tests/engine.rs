@@ -146,14 +146,14 @@ fn a_disagreement_is_an_error_on_every_rank_and_the_engine_goes_on() {
             OpKind::Allgather => Output::Allocate(Box::new(Memory::zeroed)),
             _ => Output::InPlace,
         };
-        let submission = Submission { name: "odd".into(), kind, dtype, shape, input: Memory::zeroed(bytes), output };
+        let submission = Submission::new("odd", kind, dtype, shape, Memory::zeroed(bytes), output);
         world.submit(submission)?.wait()
     };
     let sum = OpKind::Allreduce(Allreduce::sum());
     let cases: Vec<(&str, OpKind, DType, Vec<usize>)> = vec![
-        ("shape", sum, DType::F32, vec![5]),
-        ("rank of the shape", sum, DType::F32, vec![2, 2]),
-        ("dtype", sum, DType::F64, vec![4]),
+        ("shape", sum.clone(), DType::F32, vec![5]),
+        ("rank of the shape", sum.clone(), DType::F32, vec![2, 2]),
+        ("dtype", sum.clone(), DType::F64, vec![4]),
         ("op", OpKind::Allreduce(ReduceOp::Max.into()), DType::F32, vec![4]),
         ("scale", OpKind::Allreduce(Allreduce::sum().prescale(2.0)), DType::F32, vec![4]),
         ("compression", OpKind::Allreduce(Allreduce::sum().compression(Compression::Bf16)), DType::F32, vec![4]),
@@ -163,10 +163,10 @@ fn a_disagreement_is_an_error_on_every_rank_and_the_engine_goes_on() {
     on_ranks(3, &Config::default(), |world| {
         for (what, kind, dtype, shape) in &cases {
             // Agreed on before, so that the disagreement must get past the cache.
-            submit(world, sum, DType::F32, vec![4])?;
+            submit(world, sum.clone(), DType::F32, vec![4])?;
             let result = match world.rank() {
-                1 => submit(world, *kind, *dtype, shape.clone()),
-                _ => submit(world, sum, DType::F32, vec![4]),
+                1 => submit(world, kind.clone(), *dtype, shape.clone()),
+                _ => submit(world, sum.clone(), DType::F32, vec![4]),
             };
             match result {
                 Err(Error::Mismatch { name, detail }) => {
@@ -198,14 +198,8 @@ fn what_no_rank_could_do_is_refused_at_once() {
             refused(world.allreduce("c", &mut [1i32], Allreduce::sum().prescale(0.5)), "need floats");
             refused(world.allreduce("d", &mut [1f32], Allreduce::sum().prescale(f64::NAN)), "finite");
             refused(world.broadcast("e", &mut [1f32], 7), "root 7");
-            let wrong = Submission {
-                name: "f".into(),
-                kind: OpKind::Barrier,
-                dtype: DType::F32,
-                shape: vec![usize::MAX, 2],
-                input: Memory::empty(),
-                output: Output::InPlace,
-            };
+            let too_large = vec![usize::MAX, 2];
+            let wrong = Submission::new("f", OpKind::Barrier, DType::F32, too_large, Memory::empty(), Output::InPlace);
             refused(world.submit(wrong).map(drop), "does not take");
             Ok(())
         });

@@ -43,6 +43,7 @@ fn scalar(op: ReduceOp, dtype: DType, a: &[u8], b: &[u8]) -> Vec<u8> {
                         a
                     }
                 }
+                ReduceOp::Adasum => unreachable!("not element by element"),
             };
             $narrow(value).to_ne_bytes().to_vec()
         }};
@@ -55,6 +56,7 @@ fn scalar(op: ReduceOp, dtype: DType, a: &[u8], b: &[u8]) -> Vec<u8> {
                 ReduceOp::Product => a.wrapping_mul(b),
                 ReduceOp::Min => a.min(b),
                 ReduceOp::Max => a.max(b),
+                ReduceOp::Adasum => unreachable!("not of integers"),
             };
             value.to_ne_bytes().to_vec()
         }};

@@ -79,6 +79,7 @@ fn expected(op: ReduceOp, dtype: DType, values: &[f64]) -> f64 {
         ReduceOp::Min => values.iter().copied().fold(f64::INFINITY, f64::min),
         ReduceOp::Max => values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
         ReduceOp::Product => values.iter().product(),
+        ReduceOp::Adasum => unreachable!("not in shared memory"),
     }
 }
 

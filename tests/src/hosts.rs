@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub struct Hosts {
     names: Vec<String>,
     switch: String,
+    folder: tempfile::TempDir,
 }
 
 /// How a host loses its network.
@@ -26,7 +27,8 @@ impl Hosts {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let network = format!("hvd-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let names = (0..count).map(|host| format!("{network}-{host}")).collect();
-        let hosts = Hosts { names, switch: format!("{network}-switch") };
+        let folder = tempfile::tempdir().expect("a folder");
+        let hosts = Hosts { names, switch: format!("{network}-switch"), folder };
         let made = hosts.make();
         if !made {
             eprintln!("skipped: no right to make network namespaces here (root and iproute2 are needed)");
@@ -51,6 +53,37 @@ impl Hosts {
         command
     }
 
+    /// Limits what each host sends and gets to `rate`, in the words of tc(8).
+    ///
+    /// # Panics
+    /// If the system refuses.
+    pub fn limit(self, rate: &str) -> Hosts {
+        for (host, name) in self.names.iter().enumerate() {
+            for (namespace, device) in [(name, "eth0".to_string()), (&self.switch, format!("port{host}"))] {
+                let queue = format!("qdisc add dev {device} root tbf rate {rate} burst 256kb latency 50ms");
+                assert!(run(&format!("ip netns exec {namespace} tc {queue}")), "cannot limit host {host} to {rate}");
+            }
+        }
+        self
+    }
+
+    /// Arguments with which `hvdrun` starts so many ranks on each host. In the place of ssh, a script enters the host's
+    /// namespace.
+    ///
+    /// # Panics
+    /// If the script cannot be written.
+    pub fn hvdrun_args(&self, ranks: &[usize]) -> [String; 4] {
+        let script = self.folder.path().join("enter.sh");
+        let places =
+            self.names.iter().enumerate().map(|(host, name)| format!("{}) name={name} ;;\n", self.address(host)));
+        let places: String = places.collect();
+        let text = format!("case $1 in\n{places}esac\nshift\nexec ip netns exec $name sh -c \"$*\"\n");
+        std::fs::write(&script, text).expect("a script");
+        let list = ranks.iter().enumerate().map(|(host, ranks)| format!("{}:{ranks}", self.address(host)));
+        let list = list.collect::<Vec<_>>().join(",");
+        ["-H".into(), list, "--ssh-command".into(), format!("sh {}", script.display())]
+    }
+
     /// Cuts a host off from all others, in both directions.
     ///
     /// # Panics
@@ -64,7 +97,7 @@ impl Hosts {
     }
 
     fn make(&self) -> bool {
-        let Hosts { names, switch } = self;
+        let Hosts { names, switch, .. } = self;
         run(&format!("ip netns add {switch}"))
             && run(&format!("ip -n {switch} link add switch type bridge"))
             && run(&format!("ip -n {switch} link set switch up"))

@@ -20,6 +20,8 @@ pub struct Job {
     ranks: usize,
     launcher: Launcher,
     hosts: Option<Arc<Hosts>>,
+    launcher_args: Vec<OsString>,
+    stdin: Option<File>,
     limit: Duration,
 }
 
@@ -55,8 +57,17 @@ impl Job {
     /// `ranks` processes of `program`, started one by one, for at most two minutes.
     pub fn new(program: impl Into<PathBuf>, ranks: usize) -> Self {
         let limit = Duration::from_secs(120);
-        let (program, launcher) = (program.into(), Launcher::Spawn);
-        Job { program, args: Vec::new(), vars: Vec::new(), ranks, launcher, hosts: None, limit }
+        Job {
+            program: program.into(),
+            args: Vec::new(),
+            vars: Vec::new(),
+            ranks,
+            launcher: Launcher::Spawn,
+            launcher_args: Vec::new(),
+            hosts: None,
+            stdin: None,
+            limit,
+        }
     }
 
     /// Adds arguments of the program.
@@ -83,6 +94,18 @@ impl Job {
         self
     }
 
+    /// Adds arguments of the launcher.
+    pub fn launcher_args<T: Into<OsString>>(mut self, args: impl IntoIterator<Item = T>) -> Self {
+        self.launcher_args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// What the launcher, or the first process, reads. Nothing unless it is said.
+    pub fn stdin(mut self, file: File) -> Self {
+        self.stdin = Some(file);
+        self
+    }
+
     /// After this time the job is killed and the test fails.
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
@@ -90,14 +113,15 @@ impl Job {
     }
 
     /// Starts all processes.
-    pub fn start(self) -> Running {
+    pub fn start(mut self) -> Running {
         let output = Output { folder: tempfile::tempdir().expect("a temporary folder"), started: Instant::now() };
-        let commands = match self.launcher.command(self.ranks, &self.program) {
+        let commands = match self.launcher.command(self.ranks, &self.launcher_args, &self.program) {
             Some(command) => vec![command],
             None => self.spawned(),
         };
         let start = |(at, mut command): (usize, Command)| {
-            command.args(&self.args).envs(self.vars.iter().cloned()).stdin(Stdio::null());
+            let stdin = self.stdin.take().map_or_else(Stdio::null, Stdio::from);
+            command.args(&self.args).envs(self.vars.iter().cloned()).stdin(stdin);
             command.stdout(output.file("stdout", at)).stderr(output.file("stderr", at));
             // A group of its own, so that a launcher dies together with what it started.
             command.process_group(0).spawn().expect("a process")

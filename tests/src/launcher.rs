@@ -1,5 +1,6 @@
 //! The ways to start a job.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -13,12 +14,15 @@ pub enum Launcher {
     OpenMpi,
     /// MPICH's `mpirun`.
     Mpich,
+    /// Our own `hvdrun`.
+    Hvdrun,
 }
 
 impl Launcher {
     /// Every launcher that this machine has.
     pub fn available() -> Vec<Launcher> {
-        [Launcher::Spawn, Launcher::OpenMpi, Launcher::Mpich].into_iter().filter(Launcher::is_available).collect()
+        let all = [Launcher::Spawn, Launcher::Hvdrun, Launcher::OpenMpi, Launcher::Mpich];
+        all.into_iter().filter(Launcher::is_available).collect()
     }
 
     /// Whether this machine has it. Says so where it has not.
@@ -30,18 +34,19 @@ impl Launcher {
         found
     }
 
-    fn program(self) -> Option<&'static str> {
+    fn program(self) -> Option<PathBuf> {
         match self {
             Launcher::Spawn => None,
-            Launcher::OpenMpi => Some("mpirun.openmpi"),
-            Launcher::Mpich => Some("mpirun.mpich"),
+            Launcher::OpenMpi => Some("mpirun.openmpi".into()),
+            Launcher::Mpich => Some("mpirun.mpich".into()),
+            Launcher::Hvdrun => Some(binary("hvdrun")),
         }
     }
 
-    /// The command that starts all `ranks` of `program`; `None` where there is no such command.
-    pub fn command(self, ranks: usize, program: &Path) -> Option<Command> {
+    /// The command that starts all `ranks` of `program`, with arguments of its own; `None` where there is no such command.
+    pub fn command(self, ranks: usize, args: &[OsString], program: &Path) -> Option<Command> {
         let mut command = Command::new(self.program()?);
-        command.args(["-np", &ranks.to_string()]).arg(program);
+        command.args(["-np", &ranks.to_string()]).args(args).arg(program);
         if self == Launcher::OpenMpi {
             // As root, with more ranks than cores, unbound.
             command

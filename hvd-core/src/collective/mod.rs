@@ -54,6 +54,16 @@ pub trait Collective: Send {
     fn poll(&mut self, transport: &mut dyn Transport) -> Result<bool>;
 }
 
+/// Whoever has what is to be reduced, and wants the result, in another form than the buffer that travels. Asked piece by piece,
+/// so that copying and conversion overlap with the wire.
+pub trait Feed: Send {
+    /// Puts this rank's elements into these bytes of the buffer. Called once for each byte, before it is read.
+    fn fill(&mut self, bytes: std::ops::Range<usize>);
+
+    /// Takes the results out of these bytes of the buffer. Called once for each byte.
+    fn drain(&mut self, bytes: std::ops::Range<usize>);
+}
+
 /// How often [`run`] looks again before it sleeps.
 const SPINS: u32 = 200;
 

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use super::Feed;
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::reduce::{self, Reduction};
@@ -33,6 +34,8 @@ pub(super) struct Relay {
     buffer: Memory,
     /// Needed where something is reduced.
     reduction: Option<Reduction>,
+    /// Fills the buffer and takes its results; `None` where it is full from the start and they stay there.
+    pub(super) feed: Option<Box<dyn Feed>>,
     size: usize,
     next: usize,
     previous: usize,
@@ -41,6 +44,10 @@ pub(super) struct Relay {
     staging: Memory,
     slot_bytes: usize,
     started: bool,
+    /// Segments before this one have been filled by the feed.
+    filled: usize,
+    /// Segments from the first result to before this one have been taken by the feed.
+    drained: usize,
     /// Receives before this segment are posted.
     posted: usize,
     /// Segments before this one are in the buffer as they will be sent.
@@ -67,6 +74,7 @@ impl Relay {
         Relay {
             buffer,
             reduction,
+            feed: None,
             size,
             next: (rank + 1) % size,
             previous: (rank + size - 1) % size,
@@ -74,6 +82,8 @@ impl Relay {
             staging: Memory::zeroed(staged * slot_bytes),
             slot_bytes,
             started: false,
+            filled: 0,
+            drained: path.finished,
             posted: path.own,
             taken: path.own,
             sent: 0,
@@ -87,12 +97,16 @@ impl Relay {
     pub(super) fn poll(&mut self, transport: &mut dyn Transport) -> Result<bool> {
         if !self.started {
             self.started = true;
-            (self.path.finished..self.path.own).for_each(|index| self.finish(index));
+            for index in self.path.finished..self.path.own {
+                self.fill(index);
+                self.finish(index);
+            }
         }
         loop {
             let mut moved = self.post_receives(transport)?;
             moved |= self.take(transport)?;
             moved |= self.post_sends(transport)?;
+            self.drain();
             moved |= self.retire(transport)?;
             if self.taken == self.path.segments.len() && self.retired == self.path.kept {
                 return Ok(true);
@@ -147,7 +161,26 @@ impl Relay {
         Ok(true)
     }
 
-    fn accumulate(&self, index: usize) {
+    /// Has the feed fill everything up to this segment.
+    fn fill(&mut self, index: usize) {
+        let Some(feed) = &mut self.feed else { return };
+        while self.filled <= index {
+            feed.fill(self.path.segments[self.filled].clone());
+            self.filled += 1;
+        }
+    }
+
+    /// Has the feed take the results that are there. They are sent on meanwhile.
+    fn drain(&mut self) {
+        let Some(feed) = &mut self.feed else { return };
+        while self.drained < self.taken {
+            feed.drain(self.path.segments[self.drained].clone());
+            self.drained += 1;
+        }
+    }
+
+    fn accumulate(&mut self, index: usize) {
+        self.fill(index);
         let Some(reduction) = &self.reduction else { return };
         let (into, from) = (self.buffer.slice(self.path.segments[index].clone()), self.landing(index));
         // SAFETY: the segment is not sent before it is reduced and not received into before it is sent; the slot's
@@ -169,6 +202,9 @@ impl Relay {
     fn post_sends(&mut self, transport: &mut dyn Transport) -> Result<bool> {
         let before = self.sent;
         while self.sent < self.taken.min(self.path.kept) && self.sends.len() < WINDOW {
+            if self.sent < self.path.own {
+                self.fill(self.sent);
+            }
             let segment = self.buffer.slice(self.path.segments[self.sent].clone());
             self.sends.push_back(transport.send(self.next, self.tag, segment)?);
             self.sent += 1;

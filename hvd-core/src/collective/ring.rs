@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::relay::{Path, Relay};
-use super::{Collective, Reduction, segments};
+use super::{Collective, Feed, Reduction, segments};
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::transport::{Tag, Transport};
@@ -73,6 +73,12 @@ impl RingAllreduce {
             segments: walk.segments,
         };
         RingAllreduce(Relay::new(rank, size, buffer, path, Some(reduction), tag))
+    }
+
+    /// Has `feed`, if there is one, fill the buffer and take the results, segment by segment while others travel.
+    pub fn fed_by(mut self, feed: Option<Box<dyn Feed>>) -> Self {
+        self.0.feed = feed;
+        self
     }
 }
 

@@ -137,6 +137,7 @@ pub const OTHERS: &[&str] = &[
     "HVD_CROSS_SIZE",
     "HVD_JOB_ID",
     "HVD_MPI_PLUGIN",
+    "HVD_SSH",
 ];
 
 /// Variables of Horovod that change nothing here, and why.

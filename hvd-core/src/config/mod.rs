@@ -133,7 +133,8 @@ pub struct Config {
     /// What every rank of the job knows and no stranger does, at least 16 bytes. Needed with `HVD_RENDEZVOUS`.
     /// `HVD_SECRET`.
     pub secret: Option<String>,
-    /// The address that this rank listens on; anything but loopback needs a secret. `HVD_BIND`; default 127.0.0.1.
+    /// The address that this rank listens on; anything but loopback needs a secret. `HVD_BIND`; default: where
+    /// the way to the meeting point begins, 127.0.0.1 where that is no address.
     pub bind: Option<IpAddr>,
     /// How long the ranks wait for each other at the start. `HVD_START_TIMEOUT`, seconds; default 30.
     pub start_timeout: Duration,

@@ -4,15 +4,15 @@ use std::collections::HashMap;
 
 use super::message::Signature;
 
-/// A tensor on which all ranks agreed.
+/// A tensor or group on which all ranks agreed.
 #[derive(Clone, Debug)]
 pub struct Agreement {
-    /// The tensor's name.
+    /// Its name.
     pub name: String,
     /// What all ranks sent.
     pub signature: Signature,
-    /// Of an allgather, each rank's first dimension; else empty.
-    pub first_dims: Vec<u64>,
+    /// Of an allgather, each rank's first dimension of each tensor; else empty.
+    pub first_dims: Vec<Vec<u64>>,
 }
 
 struct Slot {
@@ -37,10 +37,11 @@ impl ResponseCache {
     }
 
     /// The slot of a tensor of which this rank submits exactly what was agreed on.
-    pub fn find(&self, name: &str, signature: &Signature, rank: usize, first_dim: Option<u64>) -> Option<usize> {
+    pub fn find(&self, name: &str, signature: &Signature, rank: usize, first_dims: &[u64]) -> Option<usize> {
         let slot = *self.by_name.get(name)?;
         let agreement = self.get(slot)?;
-        let same = agreement.signature == *signature && agreement.first_dims.get(rank).copied() == first_dim;
+        let agreed_dims = agreement.first_dims.get(rank).map_or(&[][..], Vec::as_slice);
+        let same = agreement.signature == *signature && agreed_dims == first_dims;
         same.then_some(slot)
     }
 
@@ -96,12 +97,14 @@ impl ResponseCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Device;
     use crate::dtype::DType;
-    use crate::engine::message::SignatureKind;
+    use crate::engine::message::{SignatureKind, TensorSignature};
 
     fn agreement(name: &str) -> Agreement {
-        let signature = Signature { kind: SignatureKind::Allgather, dtype: DType::F32, shape: vec![2] };
-        Agreement { name: name.into(), signature, first_dims: vec![4, 5] }
+        let tensors = vec![TensorSignature { dtype: DType::F32, shape: vec![2] }];
+        let signature = Signature { kind: SignatureKind::Allgather, device: Device::Cpu, tensors };
+        Agreement { name: name.into(), signature, first_dims: vec![vec![4], vec![5]] }
     }
 
     #[test]
@@ -109,11 +112,11 @@ mod tests {
         let mut cache = ResponseCache::new(4);
         let a = agreement("a");
         assert_eq!(cache.insert(a.clone()), None);
-        assert_eq!(cache.find("a", &a.signature, 0, Some(4)), Some(0));
-        assert_eq!(cache.find("a", &a.signature, 1, Some(4)), None);
-        assert_eq!(cache.find("b", &a.signature, 0, Some(4)), None);
-        let other = Signature { dtype: DType::F64, ..a.signature };
-        assert_eq!(cache.find("a", &other, 0, Some(4)), None);
+        assert_eq!(cache.find("a", &a.signature, 0, &[4]), Some(0));
+        assert_eq!(cache.find("a", &a.signature, 1, &[4]), None);
+        assert_eq!(cache.find("b", &a.signature, 0, &[4]), None);
+        let other = Signature { device: Device::Cuda, ..a.signature };
+        assert_eq!(cache.find("a", &other, 0, &[4]), None);
     }
 
     #[test]

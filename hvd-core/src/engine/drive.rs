@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::submission::{Completion, Outcome, Promise, Submission};
-use super::{Core, Item};
+use super::{Core, Entry, Item};
 use crate::error::{Error, Result};
 use crate::transport::Waiter;
 
@@ -40,7 +40,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Inbox {
-    items: Vec<Item>,
+    entries: Vec<Entry>,
     close: bool,
     /// Why this rank gives up.
     abort: Option<Error>,
@@ -120,6 +120,30 @@ impl Handle {
     }
 }
 
+/// The operations of a group under way. Dropping it does not cancel them.
+pub struct GroupHandle(Vec<Handle>);
+
+impl GroupHandle {
+    pub(crate) fn new(handles: Vec<Handle>) -> Self {
+        GroupHandle(handles)
+    }
+
+    /// Whether all of them are done. Never blocks.
+    pub fn poll(&self) -> bool {
+        self.0.iter().all(Handle::poll)
+    }
+
+    /// Waits until all of them are done; what each gives, in the order of submission.
+    ///
+    /// # Errors
+    /// As [`Handle::wait`].
+    pub fn wait(self) -> Result<Vec<Completion>> {
+        // All of them, also behind an error: their memory is the caller's again only when they are done.
+        let results: Vec<_> = self.0.into_iter().map(Handle::wait).collect();
+        results.into_iter().collect()
+    }
+}
+
 impl Engine {
     /// Starts the background thread.
     pub(crate) fn start(core: Core, waiter: Arc<dyn Waiter>, spin: Duration) -> Result<Self> {
@@ -140,20 +164,25 @@ impl Engine {
         Ok(Engine { shared, background: Mutex::new(Some(background)) })
     }
 
-    /// Hands a submission in. With `flush`, somebody acts on it even if nobody waits for it.
-    pub(crate) fn submit(&self, submission: Submission, flush: bool) -> Result<Handle> {
-        let (promise, outcome) = Promise::new();
-        let item = Item { submission, promise };
+    /// Hands in what is to be negotiated as one; a handle for each tensor. With `flush`, somebody acts on it even if nobody
+    /// waits for it.
+    pub(crate) fn submit(&self, name: String, submissions: Vec<Submission>, flush: bool) -> Result<Vec<Handle>> {
+        let promised = |submission| {
+            let (promise, outcome) = Promise::new();
+            let handle = Handle { outcome, shared: Some(self.shared.clone()) };
+            (Item { submission, promise, first_dims: Vec::new() }, handle)
+        };
+        let (items, handles) = submissions.into_iter().map(promised).unzip();
         let mut inbox = self.shared.lock_inbox();
         if let Some(error) = &inbox.ended {
             return Err(error.clone());
         }
-        inbox.items.push(item);
+        inbox.entries.push(Entry { name, items });
         drop(inbox);
         if flush {
             self.shared.waiter.wake();
         }
-        Ok(Handle { outcome, shared: Some(self.shared.clone()) })
+        Ok(handles)
     }
 
     /// Waits until all ranks want to shut down and all have said goodbye.
@@ -277,7 +306,8 @@ impl Shared {
         false
     }
 
-    /// Steps until `done`, until the engine is over, or until nothing has moved for the time of a spin.
+    /// Steps until `done`, until the engine is over, or until nothing has moved for the time of a spin. Long messages on a slow
+    /// link are not worth a spin.
     fn drive(&self, core: &mut Core, done: impl Fn() -> bool) {
         let mut still_since = None;
         while !done() && !core.is_over() {
@@ -286,7 +316,7 @@ impl Shared {
                 continue;
             }
             let since = *still_since.get_or_insert_with(Instant::now);
-            if since.elapsed() >= self.spin {
+            if since.elapsed() >= self.spin || core.is_streaming() {
                 return;
             }
             std::hint::spin_loop();
@@ -294,13 +324,13 @@ impl Shared {
     }
 
     fn step(&self, core: &mut Core) -> bool {
-        let Inbox { items, close, abort, .. } = self.take_inbox();
-        let moved = !items.is_empty();
+        let Inbox { entries, close, abort, .. } = self.take_inbox();
+        let moved = !entries.is_empty();
         if let Some(error) = abort {
             core.fail(error);
         }
         let stepped = catch_unwind(AssertUnwindSafe(|| {
-            items.into_iter().for_each(|item| core.accept(item));
+            entries.into_iter().for_each(|entry| core.accept(entry));
             if close {
                 core.close();
             }
@@ -317,8 +347,8 @@ impl Shared {
 
     fn take_inbox(&self) -> Inbox {
         let mut inbox = self.lock_inbox();
-        let items = std::mem::take(&mut inbox.items);
-        Inbox { items, close: std::mem::take(&mut inbox.close), abort: inbox.abort.take(), ended: None }
+        let entries = std::mem::take(&mut inbox.entries);
+        Inbox { entries, close: std::mem::take(&mut inbox.close), abort: inbox.abort.take(), ended: None }
     }
 
     fn fail(&self, core: &mut Core, error: Error) {
@@ -333,9 +363,9 @@ impl Shared {
     fn end_inbox(&self, core: &Core, error: Error) {
         let mut inbox = self.lock_inbox();
         inbox.ended.get_or_insert_with(|| error.clone());
-        let late = std::mem::take(&mut inbox.items);
+        let late = std::mem::take(&mut inbox.entries);
         drop(inbox);
-        late.into_iter().for_each(|item| item.complete(Err(error.clone())));
+        late.into_iter().for_each(|entry| entry.complete(Err(error.clone())));
         if core.is_over() {
             self.over.store(true, Ordering::Release);
         }

@@ -1,8 +1,9 @@
 //! Which of the tensors that are ready travel together.
 
 use super::Item;
-use super::message::{Signature, SignatureKind};
+use super::message::SignatureKind;
 use super::submission::{Completion, Output, Submission};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::memory::Memory;
 
@@ -17,57 +18,94 @@ pub enum Route {
     Ring,
 }
 
-/// Tensors that travel as one, all with the same signature but for their shapes.
+/// Tensors of a gathered size above this travel alone, in bytes: to copy them into a buffer and back takes longer than a
+/// message of their own.
+const GATHER_FUSION_LIMIT_BYTES: usize = 1 << 20;
+
+/// A tensor that is ready.
+pub struct Ready {
+    /// What is to be done with it.
+    pub kind: SignatureKind,
+    /// How it travels.
+    pub route: Route,
+    /// The tensor.
+    pub item: Item,
+}
+
+/// Tensors that travel as one, all of one kind and type.
 pub struct Batch {
-    /// What each of them is.
-    pub signature: Signature,
+    /// What is to be done with them.
+    pub kind: SignatureKind,
     /// How they travel.
     pub route: Route,
     /// Large messages are cut into pieces of this size: the setting at the time of the plan, the same on all ranks.
     pub segment_bytes: usize,
     /// The tensors, in agreed order.
     pub items: Vec<Item>,
+    dtype: DType,
     bytes: usize,
 }
 
+impl Ready {
+    /// What the tensor takes in a batch, in bytes. `None` where it travels alone.
+    fn fusible_bytes(&self) -> Option<usize> {
+        let bytes = self.item.submission.input.len();
+        match self.kind {
+            SignatureKind::Allreduce(_) | SignatureKind::Reducescatter(_) => Some(bytes),
+            SignatureKind::Allgather => {
+                Some(self.item.gathered_bytes()).filter(|&bytes| bytes <= GATHER_FUSION_LIMIT_BYTES)
+            }
+            _ => None,
+        }
+    }
+}
+
 impl Batch {
-    fn takes(&self, signature: &Signature, route: Route, bytes: usize, threshold_bytes: usize) -> bool {
-        let fusible = matches!(signature.kind, SignatureKind::Allreduce { .. });
-        let same = self.signature.kind == signature.kind && self.signature.dtype == signature.dtype;
-        fusible && same && self.route == route && self.bytes.saturating_add(bytes) <= threshold_bytes
+    fn takes(&self, ready: &Ready, bytes: usize, threshold_bytes: usize) -> bool {
+        let same = self.kind == ready.kind && self.dtype == ready.item.submission.dtype && self.route == ready.route;
+        same && self.bytes.saturating_add(bytes) <= threshold_bytes
     }
 }
 
 /// Sorts what is ready into batches of up to `threshold_bytes`, looking past tensors that do not fit together. The order of
 /// batches is that of their first tensors.
-pub fn plan(ready: Vec<(Signature, Route, Item)>, threshold_bytes: usize, segment_bytes: usize) -> Vec<Batch> {
+pub fn plan(ready: impl IntoIterator<Item = Ready>, threshold_bytes: usize, segment_bytes: usize) -> Vec<Batch> {
     let mut batches: Vec<Batch> = Vec::new();
-    for (signature, route, item) in ready {
-        let bytes = item.submission.input.len();
-        match batches.iter_mut().find(|batch| batch.takes(&signature, route, bytes, threshold_bytes)) {
+    for ready in ready {
+        let bytes = ready.fusible_bytes();
+        let mate = bytes.and_then(|bytes| batches.iter_mut().find(|batch| batch.takes(&ready, bytes, threshold_bytes)));
+        let Ready { kind, route, item } = ready;
+        match mate {
             Some(batch) => {
-                batch.bytes += bytes;
+                batch.bytes += bytes.unwrap_or(0);
                 batch.items.push(item);
             }
-            None => batches.push(Batch { signature, route, segment_bytes, items: vec![item], bytes }),
+            None => {
+                let (dtype, bytes) = (item.submission.dtype, bytes.unwrap_or(usize::MAX));
+                batches.push(Batch { kind, route, segment_bytes, items: vec![item], dtype, bytes });
+            }
         }
     }
     batches
 }
 
 impl Item {
-    /// The memory that receives the result, made if need be.
-    pub(super) fn resolve_output(submission: &mut Submission, bytes: usize) -> Memory {
-        match std::mem::replace(&mut submission.output, Output::InPlace) {
-            Output::InPlace => submission.input.clone(),
-            Output::Into(memory) => memory,
-            Output::Allocate(allocate) => allocate(bytes),
-        }
+    /// The memory that receives the result of so many bytes, made if need be.
+    pub(super) fn resolve_output(&mut self, bytes: usize) -> Memory {
+        let Submission { input, output, .. } = &mut self.submission;
+        std::mem::replace(output, Output::InPlace).resolve(input, bytes)
+    }
+
+    /// The size of an allgather's result in bytes, or what there is of addresses.
+    fn gathered_bytes(&self) -> usize {
+        let Submission { shape, dtype, .. } = &self.submission;
+        let row = shape.iter().skip(1).product::<usize>() * dtype.size();
+        self.first_dims.iter().fold(0, |sum: usize, rows| sum.saturating_add(rows.saturating_mul(row)))
     }
 
     /// Tells whoever waits.
     pub(super) fn complete(self, result: Result<Completion>) {
-        let Item { submission, promise } = self;
+        let Item { submission, promise, .. } = self;
         // The handle's owner may free the memory as soon as it hears.
         drop(submission);
         promise.keep(result);

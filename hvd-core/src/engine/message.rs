@@ -5,9 +5,11 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::submission::{OpKind, Submission};
+use super::submission::{Allreduce, OpKind, Submission};
 use super::tuner::Tuned;
+use crate::device::Device;
 use crate::dtype::DType;
+use crate::error::Error;
 use crate::reduce::ReduceOp;
 use crate::wire::Compression;
 
@@ -67,64 +69,179 @@ impl BitSet {
     }
 }
 
-/// The part of a submission on which all ranks must agree.
+/// The part of a submission, or of a group of them, on which all ranks must agree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Signature {
     /// What to do.
     pub kind: SignatureKind,
+    /// Where the tensors lie.
+    pub device: Device,
+    /// The tensors: one, or those of a group.
+    pub tensors: Vec<TensorSignature>,
+}
+
+/// The part of one tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorSignature {
     /// Element type.
     pub dtype: DType,
-    /// Dimensions; for an allgather without the first.
+    /// Dimensions; without the first where that may differ from rank to rank.
     pub shape: Vec<u64>,
 }
 
 /// [`OpKind`] with comparable numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)] // Fields as in `OpKind`; scale factors by their bits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)] // Fields as in `OpKind`.
 pub enum SignatureKind {
-    Allreduce { op: ReduceOp, prescale_bits: u64, postscale_bits: u64, compression: Compression },
-    Broadcast { root: u64 },
+    Allreduce(Combining),
+    Broadcast {
+        root: u64,
+    },
     Allgather,
+    Alltoall,
+    /// An alltoall whose splits are not all of its rows: agreed on by all ranks or not, it is refused.
+    UnfitAlltoall {
+        rows: u64,
+        splits: Option<Vec<u64>>,
+    },
+    Reducescatter(Combining),
     Barrier,
 }
 
-impl Signature {
-    /// What the other ranks must submit, too.
-    pub fn of(submission: &Submission) -> Self {
-        let kind = match submission.kind {
-            OpKind::Allreduce(options) => SignatureKind::Allreduce {
-                op: options.op,
-                prescale_bits: options.prescale.to_bits(),
-                postscale_bits: options.postscale.to_bits(),
-                compression: options.compression,
-            },
-            OpKind::Broadcast { root } => SignatureKind::Broadcast { root: root as u64 },
+/// [`Allreduce`] with comparable numbers: the scale factors by their bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)] // Fields as in `Allreduce`.
+pub struct Combining {
+    pub op: ReduceOp,
+    pub prescale_bits: u64,
+    pub postscale_bits: u64,
+    pub compression: Compression,
+}
+
+impl From<Allreduce> for Combining {
+    fn from(options: Allreduce) -> Self {
+        let Allreduce { op, prescale, postscale, compression } = options;
+        Combining { op, prescale_bits: prescale.to_bits(), postscale_bits: postscale.to_bits(), compression }
+    }
+}
+
+impl From<Combining> for Allreduce {
+    fn from(combining: Combining) -> Self {
+        let Combining { op, prescale_bits, postscale_bits, compression } = combining;
+        let (prescale, postscale) = (f64::from_bits(prescale_bits), f64::from_bits(postscale_bits));
+        Allreduce { op, prescale, postscale, compression }
+    }
+}
+
+impl SignatureKind {
+    fn of(submission: &Submission, ranks: usize) -> Self {
+        match &submission.kind {
+            OpKind::Allreduce(options) => SignatureKind::Allreduce((*options).into()),
+            OpKind::Broadcast { root } => SignatureKind::Broadcast { root: *root as u64 },
             OpKind::Allgather => SignatureKind::Allgather,
+            OpKind::Alltoall { splits } => Self::of_alltoall(submission.shape[0], splits.as_deref(), ranks),
+            OpKind::Reducescatter(options) => SignatureKind::Reducescatter((*options).into()),
             OpKind::Barrier => SignatureKind::Barrier,
+        }
+    }
+
+    fn of_alltoall(rows: usize, splits: Option<&[usize]>, ranks: usize) -> Self {
+        let fits = match splits {
+            Some(splits) => splits.iter().try_fold(0usize, |sum, &split| sum.checked_add(split)) == Some(rows),
+            None => rows.is_multiple_of(ranks),
         };
-        let agreed = usize::from(kind == SignatureKind::Allgather);
-        let shape = submission.shape.iter().skip(agreed).map(|&dim| dim as u64).collect();
-        Signature { kind, dtype: submission.dtype, shape }
+        let number = |&split: &usize| split as u64;
+        match fits {
+            true => SignatureKind::Alltoall,
+            false => SignatureKind::UnfitAlltoall {
+                rows: rows as u64,
+                splits: splits.map(|splits| splits.iter().map(number).collect()),
+            },
+        }
+    }
+
+    /// Whether the ranks may have different numbers of rows.
+    pub fn has_free_rows(&self) -> bool {
+        matches!(self, SignatureKind::Allgather | SignatureKind::Alltoall | SignatureKind::UnfitAlltoall { .. })
+    }
+}
+
+impl Signature {
+    /// What the other ranks must submit, too. `submissions`: those of a group are all of one kind; at least one.
+    pub fn of<'a>(submissions: impl IntoIterator<Item = &'a Submission>, ranks: usize) -> Option<Self> {
+        let mut submissions = submissions.into_iter().peekable();
+        let first = submissions.peek()?;
+        let (kind, device) = (SignatureKind::of(first, ranks), first.device);
+        let free = usize::from(kind.has_free_rows());
+        let tensor = |submission: &Submission| TensorSignature {
+            dtype: submission.dtype,
+            shape: submission.shape.iter().skip(free).map(|&dim| dim as u64).collect(),
+        };
+        Some(Signature { kind, device, tensors: submissions.map(tensor).collect() })
+    }
+
+    /// Why no rank could carry this out.
+    fn flaw(&self) -> Option<&'static str> {
+        match (&self.kind, self.device) {
+            (SignatureKind::UnfitAlltoall { .. }, _) => Some("the splits must add up to the rows"),
+            (_, Device::Cuda) => Some("no backend serves memory on cuda yet; copy it to the cpu"),
+            (_, Device::Cpu) => None,
+        }
+    }
+
+    fn describe_tensors(&self) -> String {
+        let rows = if self.kind.has_free_rows() { " rows of" } else { "" };
+        let tensor = |tensor: &TensorSignature| format!("{}{rows} {:?}", tensor.dtype, tensor.shape);
+        let tensors: Vec<_> = self.tensors.iter().map(tensor).collect();
+        match tensors.len() {
+            1 => tensors.concat(),
+            count => format!("{count} tensors: {}", tensors.join(", ")),
+        }
+    }
+}
+
+impl fmt::Display for Combining {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Allreduce { op, prescale, postscale, compression } = (*self).into();
+        write!(f, "({op:?}")?;
+        if prescale != 1.0 || postscale != 1.0 {
+            write!(f, ", prescale {prescale}, postscale {postscale}")?;
+        }
+        if compression != Compression::None {
+            write!(f, ", compression {compression:?}")?;
+        }
+        f.write_str(")")
+    }
+}
+
+impl fmt::Display for SignatureKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SignatureKind::Allreduce(combining) => write!(f, "allreduce{combining}"),
+            SignatureKind::Broadcast { root } => write!(f, "broadcast(root {root})"),
+            SignatureKind::Allgather => f.write_str("allgather"),
+            SignatureKind::Alltoall => f.write_str("alltoall"),
+            SignatureKind::UnfitAlltoall { rows, splits: Some(splits) } => {
+                write!(f, "alltoall(splits {splits:?}, which are not its {rows} rows)")
+            }
+            SignatureKind::UnfitAlltoall { rows, splits: None } => {
+                write!(f, "alltoall(no splits, and {rows} rows, which cannot be split equally)")
+            }
+            SignatureKind::Reducescatter(combining) => write!(f, "reducescatter{combining}"),
+            SignatureKind::Barrier => f.write_str("barrier"),
+        }
     }
 }
 
 impl fmt::Display for Signature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.kind {
-            SignatureKind::Allreduce { op, prescale_bits, postscale_bits, compression } => {
-                write!(f, "allreduce({op:?}")?;
-                let (prescale, postscale) = (f64::from_bits(prescale_bits), f64::from_bits(postscale_bits));
-                if prescale != 1.0 || postscale != 1.0 {
-                    write!(f, ", prescale {prescale}, postscale {postscale}")?;
-                }
-                if compression != Compression::None {
-                    write!(f, ", compression {compression:?}")?;
-                }
-                write!(f, ") of {} {:?}", self.dtype, self.shape)
-            }
-            SignatureKind::Broadcast { root } => write!(f, "broadcast(root {root}) of {} {:?}", self.dtype, self.shape),
-            SignatureKind::Allgather => write!(f, "allgather of {} rows of {:?}", self.dtype, self.shape),
-            SignatureKind::Barrier => f.write_str("barrier"),
+        write!(f, "{}", self.kind)?;
+        if self.kind != SignatureKind::Barrier {
+            write!(f, " of {}", self.describe_tensors())?;
+        }
+        match self.device {
+            Device::Cpu => Ok(()),
+            device => write!(f, " on {device}"),
         }
     }
 }
@@ -136,14 +253,15 @@ pub struct Announcement {
     pub order: (u64, u64),
     /// Each different signature with the ranks that sent it.
     pub variants: Vec<(Signature, BitSet)>,
-    /// Of an allgather: each announcing rank's first dimension.
-    pub first_dims: BTreeMap<u64, u64>,
+    /// Of an allgather: each announcing rank's first dimension of each tensor.
+    pub first_dims: BTreeMap<u64, Vec<u64>>,
 }
 
 impl Announcement {
-    /// One rank's announcement.
-    pub fn new(rank: usize, sequence: u64, signature: Signature, first_dim: Option<u64>) -> Self {
-        let first_dims = first_dim.map(|dim| (rank as u64, dim)).into_iter().collect();
+    /// One rank's announcement. `first_dims`: of an allgather, else empty.
+    pub fn new(rank: usize, sequence: u64, signature: Signature, first_dims: Vec<u64>) -> Self {
+        let first_dims = Some(first_dims).filter(|dims| !dims.is_empty());
+        let first_dims = first_dims.map(|dims| (rank as u64, dims)).into_iter().collect();
         Announcement { order: (rank as u64, sequence), variants: vec![(signature, BitSet::of(rank))], first_dims }
     }
 
@@ -177,6 +295,41 @@ impl Announcement {
         };
         lines.into_iter().map(line).collect::<Vec<_>>().join("; ")
     }
+
+    /// What all ranks agree on: the signature and the first dimensions of an allgather.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] where the ranks disagree, [`Error::Invalid`] where they agree on what cannot be. The text says who
+    /// sent what and is the same on every rank.
+    pub fn agreement(mut self, name: &str) -> Result<(Signature, Vec<Vec<u64>>), Error> {
+        let flaw = match &self.variants[..] {
+            [(signature, _)] => signature.flaw(),
+            _ => return Err(Error::Mismatch { name: name.into(), detail: self.describe() }),
+        };
+        match (flaw, self.variants.pop()) {
+            (None, Some((signature, _))) => Ok((signature, self.first_dims.into_values().collect())),
+            (flaw, last) => {
+                self.variants.extend(last);
+                let flaw = flaw.unwrap_or("nothing was announced");
+                Err(Error::Invalid(format!("`{name}`: {}: {flaw}", self.describe())))
+            }
+        }
+    }
+
+    /// What is wrong with an announcement in a world of `size` ranks.
+    fn flaw(&self, size: usize) -> Option<&'static str> {
+        let highest = self.variants.iter().filter_map(|(_, ranks)| ranks.highest()).max();
+        let gathered = self.first_dims.keys().next_back().map(|&rank| rank as usize);
+        let counted =
+            |dims: &Vec<u64>| self.variants.iter().any(|(signature, _)| signature.tensors.len() == dims.len());
+        if highest.max(gathered).is_none_or(|rank| rank >= size) {
+            Some("names no rank of this world")
+        } else if !self.first_dims.values().all(counted) {
+            Some("gives dimensions of other tensors")
+        } else {
+            None
+        }
+    }
 }
 
 /// What the ranks say in one round of negotiation. Merging is idempotent, commutative and associative, so that it does
@@ -208,23 +361,20 @@ impl RoundMessage {
     }
 
     /// Reads a peer's message. The text says what is wrong with it.
-    pub fn decode(bytes: &[u8], size: usize) -> std::result::Result<Self, String> {
+    pub fn decode(bytes: &[u8], size: usize) -> Result<Self, String> {
         let message: RoundMessage = postcard::from_bytes(bytes).map_err(|error| error.to_string())?;
         if message.tuned.is_some_and(|tuned| tuned.segment_bytes == 0) {
             return Err("the tuner asks for segments of no bytes".into());
         }
-        for (name, announcement) in &message.announced {
-            let highest = announcement.variants.iter().filter_map(|(_, ranks)| ranks.highest()).max();
-            let gathered = announcement.first_dims.keys().next_back().map(|&rank| rank as usize);
-            if announcement.variants.is_empty() || highest.max(gathered).is_none_or(|rank| rank >= size) {
-                return Err(format!("the announcement of `{name}` names no rank of this world"));
-            }
+        let flawed = |(name, announcement): (&String, &Announcement)| Some((name.clone(), announcement.flaw(size)?));
+        if let Some((name, flaw)) = message.announced.iter().find_map(flawed) {
+            return Err(format!("the announcement of `{name}` {flaw}"));
         }
         Ok(message)
     }
 
     /// The bytes for a peer. Never empty.
-    pub fn encode(&self) -> std::result::Result<Vec<u8>, String> {
+    pub fn encode(&self) -> Result<Vec<u8>, String> {
         postcard::to_stdvec(self).map_err(|error| error.to_string())
     }
 }

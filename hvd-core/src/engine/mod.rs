@@ -24,12 +24,12 @@ use std::time::{Duration, Instant};
 
 use self::cache::Agreement;
 use self::execute::Execution;
-use self::fusion::{Batch, Route, plan};
+use self::fusion::{Batch, Ready, Route, plan};
 use self::message::{Signature, SignatureKind};
 use self::negotiation::{Negotiation, Verdict};
 use self::observe::Phase;
 use self::stall::{Complaint, StallInspector};
-use self::submission::{OpKind, Promise, Submission};
+use self::submission::{Completion, OpKind, Promise, Submission};
 use self::tuner::{Tuned, Tuner};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -37,7 +37,7 @@ use crate::memory::Memory;
 use crate::shm::ShmGroup;
 use crate::transport::{Tag, Transport};
 
-pub use drive::{Engine, Handle};
+pub use drive::{Engine, GroupHandle, Handle};
 pub(crate) use observe::Observers;
 
 /// Operations over the transport that may be under way at once.
@@ -45,10 +45,37 @@ const MAX_RUNNING: usize = 4;
 /// How often the transport is looked at while nothing moves through it.
 const STEPS_PER_LOOK: u32 = 64;
 
-/// A submission and whoever waits for it.
+/// A tensor and whoever waits for it.
 pub(crate) struct Item {
     submission: Submission,
     promise: Promise,
+    /// Of an allgather that was agreed on: each rank's first dimension.
+    first_dims: Vec<usize>,
+}
+
+/// What is negotiated as one: a tensor, or the tensors of a group, which are of one kind.
+pub(crate) struct Entry {
+    name: String,
+    items: Vec<Item>,
+}
+
+impl Entry {
+    fn signature(&self, ranks: usize) -> Option<Signature> {
+        Signature::of(self.items.iter().map(|item| &item.submission), ranks)
+    }
+
+    /// Of an allgather: this rank's first dimension of each tensor.
+    fn first_dims(&self) -> Vec<u64> {
+        let first_dim = |item: &Item| match item.submission.kind {
+            OpKind::Allgather => item.submission.shape.first().map(|&dim| dim as u64),
+            _ => None,
+        };
+        self.items.iter().filter_map(first_dim).collect()
+    }
+
+    fn complete(self, result: Result<Completion>) {
+        self.items.into_iter().for_each(|item| item.complete(result.clone()));
+    }
 }
 
 /// What carries out collectives for one world, and the numbers it needs.
@@ -78,13 +105,12 @@ impl Backend {
         }
     }
 
-    fn route(&self, bytes: usize) -> Route {
-        if self.shared.is_some() {
-            Route::Shared
-        } else if bytes <= self.doubling_limit_bytes {
-            Route::Doubling
-        } else {
-            Route::Ring
+    fn route(&self, kind: &SignatureKind, bytes: usize) -> Route {
+        match kind {
+            SignatureKind::Allreduce(options) if !options.op.is_elementwise() => Route::Ring,
+            _ if self.shared.is_some() => Route::Shared,
+            SignatureKind::Allreduce(_) if bytes <= self.doubling_limit_bytes => Route::Doubling,
+            _ => Route::Ring,
         }
     }
 
@@ -109,9 +135,9 @@ pub(crate) struct Core {
     /// On rank 0, as long as it tunes.
     tuner: Option<Tuner>,
     /// Submitted on this rank and not yet agreed on, by name.
-    waiting: HashMap<String, Item>,
-    /// Agreed on; each with the first dimensions of an allgather.
-    ready: VecDeque<(Batch, Vec<usize>)>,
+    waiting: HashMap<String, Entry>,
+    /// Agreed on.
+    ready: VecDeque<Batch>,
     running: Vec<Execution>,
     /// Steps since the last look at the transport.
     unlooked: u32,
@@ -189,21 +215,18 @@ impl Core {
     }
 
     /// Takes a submission in.
-    pub(crate) fn accept(&mut self, item: Item) {
+    pub(crate) fn accept(&mut self, entry: Entry) {
         if let Some(error) = self.ended() {
-            return item.complete(Err(error));
+            return entry.complete(Err(error));
         }
-        let submission = &item.submission;
-        if self.waiting.contains_key(&submission.name) {
-            let text = format!("`{}` was submitted before and is not ready yet; names must be unique", submission.name);
-            return item.complete(Err(Error::Invalid(text)));
+        let name = entry.name.clone();
+        if self.waiting.contains_key(&name) {
+            let text = format!("`{name}` was submitted before and is not ready yet; names must be unique");
+            return entry.complete(Err(Error::Invalid(text)));
         }
-        let first_dim = match submission.kind {
-            OpKind::Allgather => submission.shape.first().map(|&dim| dim as u64),
-            _ => None,
-        };
-        self.negotiation.submit(&submission.name, Signature::of(submission), first_dim);
-        self.waiting.insert(submission.name.clone(), item);
+        let Some(signature) = entry.signature(self.backend.size) else { return };
+        self.negotiation.submit(&name, signature, entry.first_dims());
+        self.waiting.insert(name, entry);
     }
 
     /// Says that this rank wants to shut down.
@@ -249,7 +272,7 @@ impl Core {
         if self.negotiation.all_closing() && self.ready.is_empty() && self.running.is_empty() {
             self.state = State::Closing;
             let error = Error::ShutDown("before every rank had submitted this tensor".into());
-            self.waiting.drain().for_each(|(_, item)| item.complete(Err(error.clone())));
+            self.waiting.drain().for_each(|(_, entry)| entry.complete(Err(error.clone())));
             moved = true;
         }
         Ok(moved)
@@ -269,32 +292,36 @@ impl Core {
 
     /// Turns what the ranks concluded in one round into batches.
     fn follow(&mut self, verdicts: Vec<Verdict>) {
-        let mut fusible = Vec::new();
+        let mut ready = Vec::new();
         for verdict in verdicts {
             match verdict {
                 Verdict::Refused { name, error } => {
-                    if let Some(item) = self.waiting.remove(&name) {
-                        self.observers.tell(&name, Phase::Failed);
-                        item.complete(Err(error));
+                    if let Some(entry) = self.waiting.remove(&name) {
+                        let tensors = entry.items.iter().map(|item| &item.submission.name);
+                        tensors.for_each(|name| self.observers.tell(name, Phase::Failed));
+                        entry.complete(Err(error));
                     }
                 }
-                Verdict::Ready(Agreement { name, signature, first_dims }) => {
-                    let Some(item) = self.waiting.remove(&name) else { continue };
-                    self.observers.tell(&name, Phase::Negotiated);
-                    let route = self.backend.route(item.submission.input.len());
-                    match signature.kind {
-                        SignatureKind::Allreduce { .. } => fusible.push((signature, route, item)),
-                        _ => {
-                            let first_dims = first_dims.into_iter().map(|dim| dim as usize).collect();
-                            let alone = plan(vec![(signature, route, item)], 0, self.backend.segment_bytes);
-                            self.ready.extend(alone.into_iter().map(|batch| (batch, Vec::clone(&first_dims))));
-                        }
+                Verdict::Ready(agreement) => {
+                    if let Some(entry) = self.waiting.remove(&agreement.name) {
+                        ready.extend(self.ready_tensors(entry, agreement));
                     }
                 }
             }
         }
-        let batches = plan(fusible, self.fusion_threshold_bytes, self.backend.segment_bytes);
-        self.ready.extend(batches.into_iter().map(|batch| (batch, Vec::new())));
+        self.ready.extend(plan(ready, self.fusion_threshold_bytes, self.backend.segment_bytes));
+    }
+
+    /// The tensors of an entry on which the ranks agree.
+    fn ready_tensors(&self, entry: Entry, agreement: Agreement) -> Vec<Ready> {
+        let Agreement { signature: Signature { kind, .. }, first_dims, .. } = agreement;
+        let ready = |(at, mut item): (usize, Item)| {
+            self.observers.tell(&item.submission.name, Phase::Negotiated);
+            item.first_dims = first_dims.iter().filter_map(|dims| dims.get(at).map(|&dim| dim as usize)).collect();
+            let route = self.backend.route(&kind, item.submission.input.len());
+            Ready { kind: kind.clone(), route, item }
+        };
+        entry.items.into_iter().enumerate().map(ready).collect()
     }
 
     /// What is planned from now on follows other settings, on all ranks.
@@ -323,9 +350,9 @@ impl Core {
     /// shared memory go one after the other.
     fn run(&mut self) -> Result<bool> {
         let mut moved = false;
-        while self.running.len() < MAX_RUNNING {
-            let Some((batch, first_dims)) = self.ready.pop_front() else { break };
-            self.running.push(Execution::start(batch, first_dims, &mut self.backend, &self.observers)?);
+        while self.running.len() < MAX_RUNNING && !self.running.iter().any(Execution::is_preparing) {
+            let Some(batch) = self.ready.pop_front() else { break };
+            self.running.push(Execution::start(batch, &mut self.backend, &self.observers)?);
             moved = true;
         }
         let mut shared_is_taken = false;
@@ -360,8 +387,8 @@ impl Core {
             error => self.transport.abort(&error.to_string()),
         }
         self.running.drain(..).for_each(|execution| execution.fail(&error));
-        let ready = self.ready.drain(..).flat_map(|(batch, _)| batch.items);
-        let waiting = self.waiting.drain().map(|(_, item)| item);
+        let ready = self.ready.drain(..).flat_map(|batch| batch.items);
+        let waiting = self.waiting.drain().flat_map(|(_, entry)| entry.items);
         ready.chain(waiting).for_each(|item| item.complete(Err(error.clone())));
     }
 
@@ -384,6 +411,11 @@ impl Core {
             }
         }
         Ok(if self.negotiation.has_news() { Some(Duration::ZERO) } else { self.stall.pause(now) })
+    }
+
+    /// Whether what is under way waits for a slow link.
+    pub(crate) fn is_streaming(&self) -> bool {
+        self.transport.is_streaming()
     }
 
     /// Announces to the ranks that share memory with this one that it will sleep. `false` if it must not yet.

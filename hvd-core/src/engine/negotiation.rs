@@ -33,7 +33,7 @@ pub enum Verdict {
 /// A tensor that this rank has submitted and that is not ready yet.
 struct Waiting {
     signature: Signature,
-    first_dim: Option<u64>,
+    first_dims: Vec<u64>,
     sequence: u64,
     /// When the stall inspector first saw it.
     seen: Option<Instant>,
@@ -90,14 +90,15 @@ impl Negotiation {
         }
     }
 
-    /// Notes that this rank has a tensor. The name must not be waiting already. `first_dim`: of an allgather.
-    pub fn submit(&mut self, name: &str, signature: Signature, first_dim: Option<u64>) {
+    /// Notes that this rank has a tensor. The name must not be waiting already. `first_dims`: of the tensors
+    /// of an allgather, else empty.
+    pub fn submit(&mut self, name: &str, signature: Signature, first_dims: Vec<u64>) {
         self.next_sequence += 1;
-        match self.cache.find(name, &signature, self.rank, first_dim) {
+        match self.cache.find(name, &signature, self.rank, &first_dims) {
             Some(slot) => drop(self.cached.insert(slot, name.to_string())),
             None => self.unannounced.push(name.to_string()),
         }
-        let waiting = Waiting { signature, first_dim, sequence: self.next_sequence, seen: None, counted: None };
+        let waiting = Waiting { signature, first_dims, sequence: self.next_sequence, seen: None, counted: None };
         self.waiting.insert(name.to_string(), waiting);
         self.news = true;
     }
@@ -189,8 +190,8 @@ impl Negotiation {
         self.cached.keys().for_each(|&slot| ready.insert(slot));
         let announce = |name: &String| {
             let waiting = self.waiting.get(name)?;
-            let signature = waiting.signature.clone();
-            Some((name.clone(), Announcement::new(self.rank, waiting.sequence, signature, waiting.first_dim)))
+            let (signature, first_dims) = (waiting.signature.clone(), waiting.first_dims.clone());
+            Some((name.clone(), Announcement::new(self.rank, waiting.sequence, signature, first_dims)))
         };
         let announced = self.unannounced.iter().filter_map(announce).collect();
         RoundMessage { ready, announced, closing: self.closing, tuned: self.proposed }
@@ -237,13 +238,10 @@ impl Negotiation {
     }
 
     fn judge(&mut self, name: String, announcement: Announcement) -> Verdict {
-        let Announcement { mut variants, first_dims, .. } = announcement;
-        if variants.len() > 1 {
-            let detail = Announcement { variants, ..Default::default() }.describe();
-            return Verdict::Refused { error: Error::Mismatch { name: name.clone(), detail }, name };
-        }
-        let (signature, _) = variants.remove(0);
-        let first_dims = first_dims.into_values().collect();
+        let (signature, first_dims) = match announcement.agreement(&name) {
+            Ok(agreed) => agreed,
+            Err(error) => return Verdict::Refused { name, error },
+        };
         let agreement = Agreement { name, signature, first_dims };
         if agreement.signature.kind != SignatureKind::Barrier {
             let evicted = self.cache.insert(agreement.clone());

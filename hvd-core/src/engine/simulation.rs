@@ -8,9 +8,10 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::message::Signature;
+use super::message::{Signature, SignatureKind, TensorSignature};
 use super::negotiation::{Negotiation, Verdict};
-use super::submission::{Allreduce, OpKind, Output, Submission};
+use super::submission::Allreduce;
+use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -123,7 +124,7 @@ impl Simulation {
         let mut missing: Vec<HashSet<&str>> = vec![names.iter().map(String::as_str).collect(); self.ranks.len()];
         let mut rounds = 0;
         for (rank, missing) in missing.iter_mut().enumerate() {
-            names.iter().for_each(|name| self.ranks[rank].submit(name, signature(name), None));
+            names.iter().for_each(|name| self.ranks[rank].submit(name, signature(), Vec::new()));
             rounds += self.poll(rank, missing)?;
         }
         while missing.iter().any(|names| !names.is_empty()) {
@@ -156,15 +157,9 @@ impl Simulation {
     }
 }
 
-fn signature(name: &str) -> Signature {
-    Signature::of(&Submission {
-        name: name.into(),
-        kind: OpKind::Allreduce(Allreduce::sum()),
-        dtype: DType::F32,
-        shape: vec![1024],
-        input: Memory::empty(),
-        output: Output::InPlace,
-    })
+fn signature() -> Signature {
+    let tensor = TensorSignature { dtype: DType::F32, shape: vec![1024] };
+    Signature { kind: SignatureKind::Allreduce(Allreduce::sum().into()), device: Device::Cpu, tensors: vec![tensor] }
 }
 
 fn stuck(detail: &str) -> Error {

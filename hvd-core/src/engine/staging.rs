@@ -14,21 +14,41 @@ use crate::wire;
 /// Tensors in the form in which they travel.
 pub struct Staging {
     buffer: Memory,
+    /// Element type in the buffer.
+    wire: DType,
     /// Each rank's chunk, in elements.
     chunks: Vec<Range<usize>>,
     /// `None` where the tensor travels in its output.
     copies: Option<Copies>,
 }
 
-/// How tensors lie in the buffer, and how elements are converted on the way.
+/// How elements are converted on their way into the buffer and out of it.
+#[derive(Clone, Copy)]
+pub struct Conversion {
+    /// Element type of the tensors.
+    pub user: DType,
+    /// Element type in the buffer.
+    pub wire: DType,
+    /// Elements are multiplied by this on the way in.
+    pub prescale: f64,
+    /// And by this on the way out.
+    pub postscale: f64,
+}
+
+/// How tensors lie in the buffer.
 struct Copies {
-    user: DType,
-    wire: DType,
-    postscale: f64,
-    /// Elements of each tensor.
-    lengths: Vec<usize>,
+    conversion: Conversion,
+    /// The parts of each tensor, one for each chunk, in elements.
+    parts: Vec<Vec<Range<usize>>>,
     /// The buffer's memory as it was lent.
     lent: Memory,
+}
+
+impl Conversion {
+    /// None at all.
+    pub fn none(dtype: DType) -> Self {
+        Conversion { user: dtype, wire: dtype, prescale: 1.0, postscale: 1.0 }
+    }
 }
 
 impl Staging {
@@ -36,30 +56,27 @@ impl Staging {
     pub fn in_place(input: &Memory, output: &Memory, dtype: DType, parts: usize) -> Self {
         copy_bytes(input, output);
         let chunks = even_chunks(output.len() / dtype.size(), parts);
-        Staging { buffer: output.clone(), chunks, copies: None }
+        Staging { buffer: output.clone(), wire: dtype, chunks, copies: None }
     }
 
-    /// Tensors that are converted to `wire`, times `prescale`, into a buffer made of `lent` if that is large enough.
-    pub fn copy_in(
-        inputs: &[Memory],
-        user: DType,
-        wire: DType,
-        prescale: f64,
-        postscale: f64,
-        parts: usize,
-        lent: Option<Memory>,
-    ) -> Self {
-        let lengths: Vec<_> = inputs.iter().map(|input| input.len() / user.size()).collect();
-        let bytes = lengths.iter().sum::<usize>() * wire.size();
+    /// A buffer, in `lent` if that is large enough, for tensors whose `parts`, as many of each, go into its chunks.
+    pub fn new(parts: Vec<Vec<Range<usize>>>, conversion: Conversion, lent: Option<Memory>) -> Self {
+        let elements: usize = parts.iter().flatten().map(Range::len).sum();
+        let bytes = elements * conversion.wire.size();
         let lent = lent.filter(|memory| memory.len() >= bytes).unwrap_or_else(|| Memory::zeroed(bytes));
-        let copies = Copies { user, wire, postscale, lengths, lent };
-        let buffer = copies.lent.slice(0..bytes);
-        let chunks = copies.for_each_piece(parts, |tensor, at_tensor, at_buffer| {
-            let (from, to) = (inputs[tensor].slice(at_tensor), buffer.slice(at_buffer));
+        let copies = Copies { conversion, parts, lent };
+        let (buffer, chunks) = (copies.lent.slice(0..bytes), copies.chunks());
+        Staging { buffer, wire: conversion.wire, chunks, copies: Some(copies) }
+    }
+
+    /// Fills the buffer.
+    pub fn copy_in(&self, inputs: &[Memory]) {
+        let Some(Copies { conversion: Conversion { user, wire, prescale, .. }, .. }) = self.copies else { return };
+        self.for_each_part(|tensor, at_tensor, at_buffer| {
+            let (from, to) = (inputs[tensor].slice(at_tensor), self.buffer.slice(at_buffer));
             // SAFETY: the operation owns its inputs and the buffer until it completes.
             unsafe { wire::convert(user, from.as_slice(), wire, to.as_mut_slice(), prescale) };
         });
-        Staging { buffer, chunks, copies: Some(copies) }
     }
 
     /// The memory in which the tensors travel.
@@ -72,39 +89,57 @@ impl Staging {
         self.chunks.clone()
     }
 
+    /// A rank's chunk.
+    pub fn chunk(&self, rank: usize) -> Memory {
+        let Range { start, end } = self.chunks[rank];
+        self.buffer.slice(start * self.wire.size()..end * self.wire.size())
+    }
+
+    /// The buffer, for the next batch.
+    pub fn into_buffer(self) -> Option<Memory> {
+        self.copies.map(|copies| copies.lent)
+    }
+
     /// Puts the result where the user wants it; gives the buffer back for the next batch.
     pub fn copy_out(self, outputs: &[Memory]) -> Option<Memory> {
-        let Staging { buffer, chunks, copies } = self;
-        let copies = copies?;
-        copies.for_each_piece(chunks.len(), |tensor, at_tensor, at_buffer| {
-            let (from, to) = (buffer.slice(at_buffer), outputs[tensor].slice(at_tensor));
+        let Conversion { user, wire, postscale, .. } = self.copies.as_ref()?.conversion;
+        self.for_each_part(|tensor, at_tensor, at_buffer| {
+            let (from, to) = (self.buffer.slice(at_buffer), outputs[tensor].slice(at_tensor));
             // SAFETY: the collective is done and the handles are not complete yet: nobody else uses the memory.
-            unsafe { wire::convert(copies.wire, from.as_slice(), copies.user, to.as_mut_slice(), copies.postscale) };
+            unsafe { wire::convert(wire, from.as_slice(), user, to.as_mut_slice(), postscale) };
         });
-        Some(copies.lent)
+        self.into_buffer()
+    }
+
+    /// Calls `copy(tensor, bytes of the tensor, bytes of the buffer)` for every part, in the buffer's order.
+    fn for_each_part(&self, mut copy: impl FnMut(usize, Range<usize>, Range<usize>)) {
+        let Some(Copies { conversion: Conversion { user, wire, .. }, parts, .. }) = &self.copies else { return };
+        for (chunk, span) in self.chunks.iter().enumerate() {
+            let mut at = span.start;
+            for (tensor, parts) in parts.iter().enumerate() {
+                let part = &parts[chunk];
+                let end = at + part.len();
+                copy(tensor, part.start * user.size()..part.end * user.size(), at * wire.size()..end * wire.size());
+                at = end;
+            }
+        }
     }
 }
 
 impl Copies {
-    /// Calls `copy(tensor, bytes of the tensor, bytes of the buffer)` for every piece in the buffer's order; gives the
-    /// chunks of the buffer, in elements.
-    fn for_each_piece(
-        &self,
-        parts: usize,
-        mut copy: impl FnMut(usize, Range<usize>, Range<usize>),
-    ) -> Vec<Range<usize>> {
-        let pieces: Vec<_> = self.lengths.iter().map(|&length| even_chunks(length, parts)).collect();
-        let mut at = 0;
-        let mut chunk = |part: usize| {
-            let start = at;
-            for (tensor, pieces) in pieces.iter().enumerate() {
-                let piece = pieces[part].clone();
-                let user = piece.start * self.user.size()..piece.end * self.user.size();
-                copy(tensor, user, at * self.wire.size()..(at + piece.len()) * self.wire.size());
-                at += piece.len();
-            }
-            start..at
-        };
-        (0..parts).map(&mut chunk).collect()
+    fn chunks(&self) -> Vec<Range<usize>> {
+        let count = self.parts.first().map_or(0, Vec::len);
+        consecutive((0..count).map(|chunk| self.parts.iter().map(|parts| parts[chunk].len()).sum()))
     }
+}
+
+/// Spans of the given lengths, one after the other.
+pub fn consecutive(lengths: impl IntoIterator<Item = usize>) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let span = |length: usize| {
+        let start = end;
+        end += length;
+        start..end
+    };
+    lengths.into_iter().map(span).collect()
 }

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use crate::collective::even_chunks;
+use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -10,7 +12,7 @@ use crate::reduce::ReduceOp;
 use crate::wire::Compression;
 
 /// A collective operation and its parameters.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum OpKind {
     /// Combine every rank's elements; all ranks get the result.
     Allreduce(Allreduce),
@@ -21,11 +23,46 @@ pub enum OpKind {
     },
     /// All ranks get all ranks' elements, one rank's after the other's. First dimensions may differ.
     Allgather,
+    /// Each rank gets a block of rows from every rank.
+    Alltoall {
+        /// How many rows (of the first dimension) go to each rank, one after the other; together they are all rows. `None`:
+        /// equally many to each.
+        splits: Option<Vec<usize>>,
+    },
+    /// Combine every rank's elements; each rank gets its share of the rows (of the first dimension), as [`even_chunks`]
+    /// cuts them: of uneven rows the first ranks get one more.
+    ///
+    /// [`even_chunks`]: crate::collective::even_chunks
+    Reducescatter(Allreduce),
     /// Completes on no rank before every rank has submitted it.
     Barrier,
 }
 
-/// The parameters of an allreduce.
+impl OpKind {
+    /// Whether the result may replace the input.
+    pub(crate) fn is_in_place(&self) -> bool {
+        matches!(self, OpKind::Allreduce(_) | OpKind::Broadcast { .. } | OpKind::Barrier)
+    }
+
+    /// Whether several of the kind may be submitted as one.
+    pub(crate) fn can_be_grouped(&self) -> bool {
+        matches!(self, OpKind::Allreduce(_) | OpKind::Allgather | OpKind::Reducescatter(_))
+    }
+
+    /// The operation's name, with its article where it is an ordinary word.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            OpKind::Allreduce(_) => "an allreduce",
+            OpKind::Broadcast { .. } => "a broadcast",
+            OpKind::Allgather => "an allgather",
+            OpKind::Alltoall { .. } => "an alltoall",
+            OpKind::Reducescatter(_) => "a reducescatter",
+            OpKind::Barrier => "a barrier",
+        }
+    }
+}
+
+/// The parameters of an allreduce or a reducescatter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Allreduce {
     /// How elements are combined.
@@ -71,6 +108,21 @@ impl Allreduce {
         self.postscale = factor;
         self
     }
+
+    /// Refuses what is not defined for elements of `dtype`.
+    fn check(&self, dtype: DType) -> std::result::Result<(), String> {
+        let Allreduce { op, prescale, postscale, .. } = self;
+        if !op.supports(dtype) {
+            return Err(format!("{op:?} is not defined for {dtype}"));
+        }
+        if (*prescale != 1.0 || *postscale != 1.0) && !dtype.is_float() {
+            return Err(format!("scale factors need floats, not {dtype}"));
+        }
+        if !prescale.is_finite() || !postscale.is_finite() {
+            return Err(format!("scale factors {prescale} and {postscale} must be finite"));
+        }
+        Ok(())
+    }
 }
 
 impl From<ReduceOp> for Allreduce {
@@ -83,10 +135,22 @@ impl From<ReduceOp> for Allreduce {
 pub enum Output {
     /// Over the input.
     InPlace,
-    /// Into other memory of the same size.
+    /// Into other memory of the result's size.
     Into(Memory),
-    /// Into memory that is made once its size in bytes is known. The only choice for [`OpKind::Allgather`].
+    /// Into memory that is made once its size in bytes is known. The only choice for [`OpKind::Allgather`] and
+    /// [`OpKind::Alltoall`].
     Allocate(Box<dyn FnOnce(usize) -> Memory + Send>),
+}
+
+impl Output {
+    /// The memory that receives a result of so many bytes.
+    pub(crate) fn resolve(self, input: &Memory, bytes: usize) -> Memory {
+        match self {
+            Output::InPlace => input.clone(),
+            Output::Into(memory) => memory,
+            Output::Allocate(allocate) => allocate(bytes),
+        }
+    }
 }
 
 /// An operation on one named tensor, as a value: it owns or keeps alive all that it touches.
@@ -103,54 +167,82 @@ pub struct Submission {
     pub input: Memory,
     /// Where the result goes.
     pub output: Output,
+    /// Where input and output lie.
+    pub device: Device,
 }
 
 impl Submission {
-    /// Checks what can be checked without the other ranks.
+    /// An operation on memory of the host.
+    pub fn new(
+        name: impl Into<String>,
+        kind: OpKind,
+        dtype: DType,
+        shape: Vec<usize>,
+        input: Memory,
+        output: Output,
+    ) -> Self {
+        Submission { name: name.into(), kind, dtype, shape, input, output, device: Device::Cpu }
+    }
+
+    /// Checks what `rank` can check without the other ranks of the set, `ranks` of the world.
     ///
     /// # Errors
     /// [`Error::Invalid`] that names the tensor and what was expected.
-    pub(crate) fn validate(&self, size: usize) -> Result<()> {
-        let invalid = |detail: String| Err(Error::Invalid(format!("`{}`: {detail}", self.name)));
-        let bytes = self.shape.iter().try_fold(self.dtype.size(), |bytes, &dim| bytes.checked_mul(dim));
-        if bytes != Some(self.input.len()) {
-            let Submission { shape, dtype, input, .. } = self;
-            return invalid(format!("shape {shape:?} of {dtype} does not take the {} bytes given", input.len()));
+    pub(crate) fn validate(&self, rank: usize, ranks: &[usize]) -> Result<()> {
+        self.check(rank, ranks).map_err(|detail| Error::Invalid(format!("`{}`: {detail}", self.name)))
+    }
+
+    fn check(&self, rank: usize, ranks: &[usize]) -> std::result::Result<(), String> {
+        let Submission { kind, dtype, shape, input, .. } = self;
+        // No product of some dimensions may overflow either, also where another is 0.
+        let rows_fit = shape.iter().try_fold(dtype.size(), |bytes, &dim| bytes.checked_mul(dim.max(1))).is_some();
+        if !rows_fit || shape.iter().product::<usize>() * dtype.size() != input.len() {
+            return Err(format!("shape {shape:?} of {dtype} does not take the {} bytes given", input.len()));
         }
-        if let Output::Into(output) = &self.output
-            && output.len() != self.input.len()
-        {
-            return invalid(format!("the output has {} bytes, the input {}", output.len(), self.input.len()));
+        if shape.is_empty() && self.has_rows() {
+            return Err(format!("a scalar has no rows for {}; give it the shape [1]", kind.name()));
         }
-        match self.kind {
-            OpKind::Allreduce(options) => self.validate_allreduce(options),
-            OpKind::Broadcast { root } if root >= size => {
-                invalid(format!("root {root} is not a rank of a world of {size}"))
+        match kind {
+            OpKind::Allreduce(options) | OpKind::Reducescatter(options) => options.check(*dtype)?,
+            OpKind::Broadcast { root } if !ranks.contains(root) => {
+                return Err(format!("root {root} is none of the ranks {ranks:?}"));
             }
-            OpKind::Allgather if self.shape.is_empty() => {
-                invalid("a scalar can't be gathered; give it the shape [1]".into())
+            OpKind::Alltoall { splits: Some(splits) } if splits.len() != ranks.len() => {
+                return Err(format!("{} splits for {} ranks", splits.len(), ranks.len()));
             }
-            OpKind::Allgather if !matches!(self.output, Output::Allocate(_)) => {
-                invalid("an allgather allocates its output".into())
+            _ => {}
+        }
+        if let OpKind::Reducescatter(Allreduce { op: ReduceOp::Adasum, .. }) = kind {
+            return Err("Adasum is a matter of whole tensors; use an allreduce".into());
+        }
+        self.check_output(rank, ranks)
+    }
+
+    fn check_output(&self, rank: usize, ranks: &[usize]) -> std::result::Result<(), String> {
+        let expected = match &self.kind {
+            kind if kind.is_in_place() => self.input.len(),
+            OpKind::Reducescatter(_) => {
+                let position = ranks.iter().position(|&member| member == rank).unwrap_or(0);
+                let row_bytes = self.shape[1..].iter().product::<usize>() * self.dtype.size();
+                even_chunks(self.shape[0], ranks.len())[position].len() * row_bytes
+            }
+            kind if matches!(self.output, Output::Into(_)) => {
+                return Err(format!("{} allocates its output", kind.name()));
+            }
+            _ => 0,
+        };
+        match &self.output {
+            Output::InPlace if !self.kind.is_in_place() => Err(format!("{} is not in place", self.kind.name())),
+            Output::Into(output) if output.len() != expected => {
+                Err(format!("the output has {} bytes, the result {expected}", output.len()))
             }
             _ => Ok(()),
         }
     }
 
-    fn validate_allreduce(&self, options: Allreduce) -> Result<()> {
-        let Submission { name, dtype, .. } = self;
-        let Allreduce { op, prescale, postscale, .. } = options;
-        if !op.supports(*dtype) {
-            return Err(Error::Invalid(format!("`{name}`: {op:?} is not defined for {dtype}")));
-        }
-        let scaled = prescale != 1.0 || postscale != 1.0;
-        if scaled && !dtype.is_float() {
-            return Err(Error::Invalid(format!("`{name}`: scale factors need floats, not {dtype}")));
-        }
-        if !prescale.is_finite() || !postscale.is_finite() {
-            return Err(Error::Invalid(format!("`{name}`: scale factors {prescale} and {postscale} must be finite")));
-        }
-        Ok(())
+    /// Whether the first dimension counts rows, which the operation hands out.
+    fn has_rows(&self) -> bool {
+        matches!(self.kind, OpKind::Allgather | OpKind::Alltoall { .. } | OpKind::Reducescatter(_))
     }
 }
 
@@ -159,7 +251,7 @@ impl Submission {
 pub struct Completion {
     /// The result.
     pub output: Memory,
-    /// For an allgather, each rank's first dimension; else empty.
+    /// For an allgather or alltoall, how many rows of the output come from each rank, by rank; else empty.
     pub first_dims: Vec<usize>,
 }
 

@@ -130,6 +130,8 @@ fn operation(kind: &OpKind) -> &'static str {
         OpKind::Allreduce(_) => "ALLREDUCE",
         OpKind::Broadcast { .. } => "BROADCAST",
         OpKind::Allgather => "ALLGATHER",
+        OpKind::Alltoall { .. } => "ALLTOALL",
+        OpKind::Reducescatter(_) => "REDUCESCATTER",
         OpKind::Barrier => "BARRIER",
     }
 }

@@ -31,17 +31,27 @@ pub enum ReduceOp {
     Max,
     /// The product.
     Product,
+    /// A sum that adapts to how much the ranks agree, tensor by tensor: see [`ReduceOp::is_elementwise`].
+    Adasum,
 }
 
 impl ReduceOp {
     /// Whether the operation is defined for elements of `dtype`: everything for 16-bit floats and up and 32-bit
-    /// integers and up; sum, min and max for the small integers; min (and) and max (or) for bool.
+    /// integers and up; sum, min and max for the small integers; min (and) and max (or) for bool. Adasum is defined for
+    /// floats.
     pub const fn supports(self, dtype: DType) -> bool {
         match dtype {
+            _ if !self.is_elementwise() => dtype.is_float(),
             DType::F16 | DType::BF16 | DType::F32 | DType::F64 | DType::I32 | DType::I64 => true,
             DType::U8 | DType::I8 | DType::I16 => matches!(self, ReduceOp::Sum | ReduceOp::Min | ReduceOp::Max),
             DType::Bool => matches!(self, ReduceOp::Min | ReduceOp::Max),
         }
+    }
+
+    /// Whether an element of the result depends on that element alone. Adasum weighs whole tensors by their inner products:
+    /// the kernels here do not serve it.
+    pub const fn is_elementwise(self) -> bool {
+        !matches!(self, ReduceOp::Adasum)
     }
 }
 
@@ -79,7 +89,8 @@ macro_rules! with_op {
             }};
         }
         match $op {
-            ReduceOp::Sum | ReduceOp::Average => arm!(Plus),
+            // `check` has refused Adasum.
+            ReduceOp::Sum | ReduceOp::Average | ReduceOp::Adasum => arm!(Plus),
             ReduceOp::Min => arm!(Least),
             ReduceOp::Max => arm!(Greatest),
             ReduceOp::Product => arm!(Times),
@@ -135,7 +146,7 @@ pub fn finish(reduction: &Reduction, ranks: usize, data: &mut [u8]) {
 }
 
 fn check(op: ReduceOp, dtype: DType, into: &[u8], from: &[u8]) {
-    assert!(op.supports(dtype), "{op:?} of {dtype} is not defined");
+    assert!(op.supports(dtype) && op.is_elementwise(), "{op:?} of {dtype} is not defined");
     assert_eq!(into.len(), from.len(), "lengths of the buffers to combine");
     assert_eq!(into.len() % dtype.size(), 0, "a part of a {dtype}");
 }

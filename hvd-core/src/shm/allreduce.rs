@@ -70,7 +70,7 @@ pub(super) fn check_types(user: DType, reduction: &Reduction) -> Result<()> {
     let wire = reduction.dtype;
     let wide = matches!(user, DType::F32 | DType::F64);
     let narrow = matches!(wire, DType::F16 | DType::BF16);
-    if !reduction.op.supports(wire) || (user != wire && !(wide && narrow)) {
+    if !reduction.op.supports(wire) || !reduction.op.is_elementwise() || (user != wire && !(wide && narrow)) {
         return Err(Error::Invalid(format!("{:?} of {user} as {wire} is not defined", reduction.op)));
     }
     Ok(())

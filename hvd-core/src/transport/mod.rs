@@ -65,6 +65,12 @@ pub trait Transport: Send {
     /// Moves what can be moved without blocking. Gives whether anything moved.
     fn progress(&mut self) -> Result<bool>;
 
+    /// Whether long messages are under way whose bytes this rank moves faster than they come or go: whoever waits for them
+    /// had better sleep than look again.
+    fn is_streaming(&self) -> bool {
+        false
+    }
+
     /// Tells the peers that this rank gives up and why, as far as that goes without blocking for long, so that their
     /// errors name the first cause. The transport is unusable afterwards.
     fn abort(&mut self, cause: &str);

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use rustix::process::Signal;
 
-use super::{Backend, Inner, World, affinity};
+use super::{Backend, Inner, ProcessSet, World, affinity};
 use crate::config::{Config, TransportChoice, environment, remarks};
 use crate::engine::timeline::path_on_host;
 use crate::engine::{Core, Engine, Observers};
@@ -14,7 +14,7 @@ use crate::shm::ShmGroup;
 use crate::topology::{Launch, Launcher, Topology};
 use crate::transport::Transport;
 use crate::transport::mpi::MpiTransport;
-use crate::transport::tcp::{Identity, Meeting, Secret, TcpOptions, TcpTransport};
+use crate::transport::tcp::{Identity, Meeting, Secret, TcpOptions, TcpTransport, source_address};
 use crate::transport::thread::ThreadTransport;
 
 /// Worlds that this process has been in: ranks of different generations never talk to each other. A start that failed
@@ -122,14 +122,9 @@ fn start(
 }
 
 fn wrap(topology: Topology, backend: Backend, observers: Arc<Observers>, engine: Option<Engine>) -> World {
-    World(Arc::new(Inner {
-        topology,
-        backend,
-        observers,
-        timeline: Mutex::default(),
-        engine,
-        unnamed: Default::default(),
-    }))
+    let ranks = (0..topology.size).collect();
+    let world = Inner { topology, observers, timeline: Mutex::default(), engine };
+    World(ProcessSet::new(Arc::new(world), ranks, backend))
 }
 
 /// The transport of this process's next world.
@@ -143,29 +138,43 @@ fn next_transport(config: &Config, launch: &Launch) -> Result<Box<dyn Transport>
 
 /// The transport that the settings ask for, or else the first that can introduce the ranks to each other.
 fn transport(config: &Config, launch: &Launch, identity: Identity) -> Result<Box<dyn Transport>> {
-    let Config { bind, start_timeout, peer_timeout, .. } = *config;
-    let options = TcpOptions { bind, start_timeout, peer_timeout, ..TcpOptions::default() };
     let meeting = meeting(config, launch)?;
+    let bind = match (config.bind, &meeting) {
+        // Where the way to rank 0 begins, the other ranks reach this one.
+        (None, Some(Meeting::Tcp { address, .. })) => source_address(address).ok(),
+        (bind, _) => bind,
+    };
+    let Config { start_timeout, peer_timeout, .. } = *config;
+    let options = TcpOptions { bind, start_timeout, peer_timeout, ..TcpOptions::default() };
     let mpi_launched = matches!(launch.launcher, Launcher::OpenMpi | Launcher::Hydra);
     match (config.transport, meeting) {
         (TransportChoice::Mpi, meeting) => Ok(Box::new(MpiTransport::load(identity, meeting.as_ref(), &options)?)),
         (TransportChoice::Auto, None) if mpi_launched => Ok(Box::new(MpiTransport::load(identity, None, &options)?)),
         (_, Some(meeting)) => Ok(Box::new(TcpTransport::connect(identity, &meeting, &options)?)),
-        (_, None) => Err(Error::Config(
-            "the ranks are on several hosts and nothing says where they meet; give all of them HVD_RENDEZVOUS=host:port \
-             (an address of rank 0's host), the same HVD_SECRET, and HVD_BIND=0.0.0.0 (or the address of one network)"
+        (_, None) => Err(Error::Config(match &launch.rendezvous {
+            Some(address) => format!(
+                "the ranks are on several hosts and would meet at {address}, but HVD_SECRET is not set; give all of them the \
+                 same, for instance by `export HVD_SECRET=$(openssl rand -hex 32)` before the launcher starts"
+            ),
+            None => "the ranks are on several hosts and nothing says where they meet; give all of them \
+                     HVD_RENDEZVOUS=host:port (an address of rank 0's host) and the same HVD_SECRET, or start them by hvdrun"
                 .into(),
-        )),
+        })),
     }
 }
 
-/// Where the ranks meet over sockets: at the address in the settings, or on their one host.
+/// Where the ranks meet over sockets: at the address in the settings, on their one host, or where the launcher lets us guess.
 fn meeting(config: &Config, launch: &Launch) -> Result<Option<Meeting>> {
-    match (&config.rendezvous, &config.secret) {
+    let single_host = launch.topology.is_single_host();
+    let address = match (&config.rendezvous, single_host) {
+        (Some(address), _) => Some(address),
+        (None, true) => return Ok(Some(Meeting::Unix { job: launch.job.clone() })),
+        (None, false) => launch.rendezvous.as_ref(),
+    };
+    match (address, &config.secret) {
         (Some(address), Some(secret)) => {
             Ok(Some(Meeting::Tcp { address: address.clone(), secret: Secret::new(secret.as_str())? }))
         }
-        _ if launch.topology.is_single_host() => Ok(Some(Meeting::Unix { job: launch.job.clone() })),
         _ => Ok(None),
     }
 }

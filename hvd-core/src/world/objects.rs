@@ -3,12 +3,10 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::World;
-use crate::engine::submission::{OpKind, Output, Submission};
+use super::ProcessSet;
 use crate::error::{Error, Result};
-use crate::memory::Memory;
 
-impl World {
+impl ProcessSet {
     /// Gives all ranks the root's `value`. The others' is ignored and may be `None`.
     ///
     /// # Errors
@@ -43,21 +41,11 @@ impl World {
     pub fn allgather_object<T: Serialize + DeserializeOwned>(&self, name: &str, value: &T) -> Result<Vec<T>> {
         let encoded = encode(name, value);
         let bytes = encoded.as_ref().cloned().unwrap_or_default();
-        let submission = Submission {
-            name: name.into(),
-            kind: OpKind::Allgather,
-            dtype: crate::DType::U8,
-            shape: vec![bytes.len()],
-            input: Memory::from_vec(bytes),
-            output: Output::Allocate(Box::new(|bytes| Memory::from_vec(vec![0u8; bytes]))),
-        };
-        let completion = self.hand_in(submission, false)?.wait()?;
+        let (all, lengths) = self.allgather_async(name, bytes)?.wait_with_rows()?;
         encoded?;
-        // SAFETY: the operation is done.
-        let all: Vec<u8> = unsafe { completion.output.into_vec() };
         let mut rest = all.as_slice();
         let mut values = Vec::with_capacity(self.size());
-        for length in completion.first_dims {
+        for length in lengths {
             let (own, others) = rest.split_at(length.min(rest.len()));
             values.push(decode(name, own)?);
             rest = others;

@@ -7,14 +7,14 @@ use crate::wire;
 
 /// What every operation comes down to when there is nobody else: a copy, times the scale factors.
 pub(super) fn carry_out(submission: Submission, observers: &Observers) -> Completion {
-    let Submission { name, kind, dtype, shape, input, output } = submission;
+    let Submission { name, kind, dtype, shape, input, output, .. } = submission;
     let output = match output {
         Output::InPlace => input.clone(),
         Output::Into(memory) => memory,
         Output::Allocate(allocate) => allocate(input.len()),
     };
     let factor = match kind {
-        OpKind::Allreduce(options) => options.prescale * options.postscale,
+        OpKind::Allreduce(options) | OpKind::Reducescatter(options) => options.prescale * options.postscale,
         _ => 1.0,
     };
     if output.as_ptr() != input.as_ptr() {
@@ -25,7 +25,7 @@ pub(super) fn carry_out(submission: Submission, observers: &Observers) -> Comple
         unsafe { wire::scale(dtype, output.as_mut_slice(), factor) };
     }
     let first_dims = match kind {
-        OpKind::Allgather => shape.first().copied().into_iter().collect(),
+        OpKind::Allgather | OpKind::Alltoall { .. } => shape.first().copied().into_iter().collect(),
         _ => Vec::new(),
     };
     observers.tell(&name, Phase::Done);

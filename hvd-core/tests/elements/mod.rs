@@ -140,6 +140,7 @@ fn float(op: ReduceOp, dtype: DType, values: impl ExactSizeIterator<Item = f64> 
         ReduceOp::Product => (product, product.abs(), count + 1.0),
         ReduceOp::Min => (values.fold(f64::INFINITY, f64::min), 0.0, 0.0),
         ReduceOp::Max => (values.fold(f64::NEG_INFINITY, f64::max), 0.0, 0.0),
+        ReduceOp::Adasum => unreachable!("not element by element"),
     };
     let magnitude = if scale == 1.0 { magnitude } else { magnitude.max(value.abs()) };
     let roundings = if scale == 1.0 { roundings } else { roundings.max(2.0) };
@@ -158,6 +159,7 @@ fn integer(op: ReduceOp, dtype: DType, values: impl ExactSizeIterator<Item = i12
         ReduceOp::Product => wrapped(dtype, values.fold(1, i128::wrapping_mul)),
         ReduceOp::Min => values.min().unwrap(),
         ReduceOp::Max => values.max().unwrap(),
+        ReduceOp::Adasum => unreachable!("not of integers"),
     })
 }
 

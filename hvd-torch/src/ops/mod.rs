@@ -59,7 +59,7 @@ pub(crate) fn submit_in_place(world: &World, tensor: &Tensor, name: &str, kind: 
     let staged = if memory::is_direct(tensor) { None } else { Some(stage(tensor)?) };
     let input = memory::of(staged.as_ref().unwrap_or(tensor))?;
     let shape = memory::shape(tensor);
-    let handle = world.submit(Submission { name: name.into(), kind, dtype, shape, input, output: Output::InPlace })?;
+    let handle = world.submit(Submission::new(name, kind, dtype, shape, input, Output::InPlace))?;
     Ok(TensorHandle { handle, target: tensor.detach(), staged })
 }
 
@@ -116,7 +116,7 @@ pub fn allgather(world: &World, tensor: &Tensor, name: &str) -> Result<Tensor> {
         move |bytes| allocator.allocate(bytes)
     }));
     let (shape, input) = (memory::shape(tensor), memory::of(&staged)?);
-    let submission = Submission { name: name.into(), kind: OpKind::Allgather, dtype, shape, input, output };
+    let submission = Submission::new(name, OpKind::Allgather, dtype, shape, input, output);
     let done = world.submit(submission)?.wait()?;
     size[0] = done.first_dims.iter().sum::<usize>() as i64;
     let flat = match allocator.take() {

@@ -361,6 +361,7 @@ fn reference(op: ReduceOp, column: &[f64], is_float: bool) -> (f64, f64) {
         }
         ReduceOp::Min => column.iter().copied().fold(f64::INFINITY, f64::min).into_pair(magnitude),
         ReduceOp::Max => column.iter().copied().fold(f64::NEG_INFINITY, f64::max).into_pair(magnitude),
+        ReduceOp::Adasum => unreachable!("not element by element"),
         ReduceOp::Product => {
             let product: f64 = column.iter().product();
             // A product of roundings; denormal 16-bit results are exact to their absolute step.

@@ -12,6 +12,9 @@ use crate::transport::requests::Requests;
 /// Size of the buffer through which headers and short payloads are read, in bytes.
 const STAGING_BYTES: usize = 64 << 10;
 
+/// So much of a long payload is left to the kernel before anybody is woken for it, in bytes.
+const LOW_WATER_BYTES: usize = 256 << 10;
+
 /// By how much the buffer of an unexpected message grows ahead of its bytes: a length alone allocates no more.
 const GROWTH_BYTES: usize = 1 << 20;
 
@@ -87,6 +90,15 @@ impl Incoming {
             self.take_in(inbox)?;
         }
         Ok((true, End::More))
+    }
+
+    /// How many bytes must be there for a read to be worth a wake-up: on a link that is slower than this rank, one for every
+    /// packet would cost more than the copying.
+    pub(super) fn low_water_bytes(&self) -> usize {
+        match &self.state {
+            State::Payload { got, length, .. } if length - got >= STAGING_BYTES => LOW_WATER_BYTES.min(length - got),
+            _ => 1,
+        }
     }
 
     /// A receive for the message that is arriving right now gets the bytes so far, and the rest straight from the

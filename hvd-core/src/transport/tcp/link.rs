@@ -1,6 +1,7 @@
 //! The connection to one peer: its socket with both halves, and what the epoll set watches it for.
 
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use rustix::net::sockopt;
@@ -25,6 +26,8 @@ pub(super) struct Link {
     pub(super) outgoing: Outgoing,
     /// Whether the epoll set watches for room to write.
     watches_writable: bool,
+    /// The bytes that must be there before the kernel calls the socket readable.
+    low_water_bytes: usize,
     /// How the connection has ended, if it has.
     pub(super) closed: Option<String>,
 }
@@ -46,6 +49,7 @@ impl Link {
             incoming: Incoming::new(peer),
             outgoing: Outgoing::new(generation),
             watches_writable: false,
+            low_water_bytes: 1,
             closed: None,
         })
     }
@@ -75,7 +79,7 @@ impl Link {
         match end {
             End::Closed(how) => self.close(how, bell),
             End::Drained if self.outgoing.broken => self.close("connection lost while sending".into(), bell),
-            End::Drained | End::More => {}
+            End::Drained | End::More => self.adapt_low_water()?,
         }
         Ok(moved)
     }
@@ -83,6 +87,11 @@ impl Link {
     /// Whether a flush could be worth a try, for all that is known.
     pub(super) fn is_writable(&self) -> bool {
         self.outgoing.is_pending() && !self.watches_writable && !self.outgoing.broken && self.closed.is_none()
+    }
+
+    /// Whether a long message is under way whose next bytes the kernel will tell of.
+    pub(super) fn is_streaming(&self) -> bool {
+        self.closed.is_none() && (self.watches_writable || self.low_water_bytes > 1)
     }
 
     /// Whether this rank's frames are all out, or can never be.
@@ -105,11 +114,38 @@ impl Link {
         self.outgoing.release();
     }
 
+    fn adapt_low_water(&mut self) -> Result<()> {
+        let bytes = self.incoming.low_water_bytes();
+        if bytes != self.low_water_bytes {
+            set_low_water(&self.stream, bytes)
+                .map_err(|error| Error::io(format!("preparing the socket to rank {}", self.peer), error))?;
+            self.low_water_bytes = bytes;
+        }
+        Ok(())
+    }
+
     fn close(&mut self, how: String, bell: &Bell) {
         bell.remove(&self.stream);
         self.outgoing.release();
         self.closed = Some(how);
     }
+}
+
+/// Sets `SO_RCVLOWAT` (socket(7)). An end of the connection makes it readable nevertheless.
+fn set_low_water(stream: &TcpStream, bytes: usize) -> std::io::Result<()> {
+    let value = bytes as libc::c_int;
+    // SAFETY: the option takes an int, which lives through the call, and the descriptor is open.
+    let failed = unsafe {
+        let value = (&raw const value).cast();
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            value,
+            size_of::<libc::c_int>() as u32,
+        )
+    };
+    if failed == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 fn configure(stream: &TcpStream, options: &TcpOptions) -> std::io::Result<()> {

@@ -27,7 +27,7 @@ use heartbeat::Heartbeat;
 use incoming::Inbox;
 use link::Link;
 use rendezvous::Connections;
-pub use rendezvous::{Identity, Meeting, Secret};
+pub use rendezvous::{Identity, Meeting, Secret, source_address};
 
 use super::matching::{Matching, Posted};
 use super::requests::Requests;
@@ -353,6 +353,10 @@ impl Transport for TcpTransport {
     fn progress(&mut self) -> Result<bool> {
         self.check(None)?;
         self.progress_inner().map_err(|error| self.fail(error))
+    }
+
+    fn is_streaming(&self) -> bool {
+        self.links.iter().flatten().any(Link::is_streaming)
     }
 
     fn abort(&mut self, cause: &str) {

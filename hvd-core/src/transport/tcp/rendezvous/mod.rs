@@ -20,7 +20,7 @@ mod note;
 mod proof;
 mod stream;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
 use std::time::Instant;
 
 use lifeline::Lifeline;
@@ -134,6 +134,25 @@ fn check_bind(meeting: &Meeting, options: &TcpOptions) -> Result<()> {
         ))),
         _ => Ok(()),
     }
+}
+
+/// The address that packets to `host:port` carry as their source. Sends nothing.
+///
+/// # Errors
+/// If the name cannot be resolved or no way leads there.
+pub fn source_address(toward: &str) -> std::io::Result<IpAddr> {
+    let mut result = Err(std::io::Error::other("the name has no address"));
+    for address in toward.to_socket_addrs()? {
+        let any: IpAddr = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        // A datagram socket that is connected has an address and has said nothing.
+        let source =
+            UdpSocket::bind((any, 0)).and_then(|socket| socket.connect(address).and_then(|()| socket.local_addr()));
+        match source {
+            Ok(source) => return Ok(source.ip()),
+            Err(error) => result = Err(error),
+        }
+    }
+    result
 }
 
 fn listen(bind: Option<IpAddr>) -> Result<TcpListener> {

@@ -1,0 +1,87 @@
+//! Allreduce of tensors of which each rank has some rows.
+
+use std::collections::BTreeMap;
+
+use super::process_set::{ProcessSet, owned};
+use crate::dtype::Element;
+use crate::engine::submission::{OpKind, Submission};
+use crate::error::{Error, Result};
+use crate::memory::Memory;
+use crate::reduce::{ReduceOp, Reduction, combine, finish};
+
+impl ProcessSet {
+    /// Sums or averages rows that each rank has of a large tensor: all ranks get the combined rows, by ascending index.
+    ///
+    /// `values` holds one row of `width` elements for each of `indices`; an index may come more than once, and indices and
+    /// their number may differ from rank to rank. An average is over all ranks of the set, those without the row included.
+    /// Indices and values travel as one group of two allgathers, so every rank receives what all ranks have; rows are
+    /// summed in the order of ranks: all ranks get the same bits.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where lengths do not fit or the operation is neither Sum nor Average, else as
+    /// [`crate::Handle::wait`].
+    pub fn sparse_allreduce<T: Element>(
+        &self,
+        name: &str,
+        indices: &[i64],
+        values: &[T],
+        width: usize,
+        op: ReduceOp,
+    ) -> Result<(Vec<i64>, Vec<T>)> {
+        check::<T>(indices, values, width, op).map_err(|detail| Error::Invalid(format!("`{name}`: {detail}")))?;
+        let values = Submission {
+            shape: vec![indices.len(), width],
+            ..owned(format!("{name}.values"), values.to_vec(), OpKind::Allgather)
+        };
+        let indices = owned(format!("{name}.indices"), indices.to_vec(), OpKind::Allgather);
+        let [indices, values] = two(self.hand_in_group(name, vec![indices, values], false)?.wait()?)?;
+        // SAFETY: the operations are done.
+        let (indices, values) = unsafe { (indices.into_vec::<i64>(), values.into_vec::<T>()) };
+        Ok(sum_rows(&indices, values, width, op, self.size()))
+    }
+}
+
+fn check<T: Element>(indices: &[i64], values: &[T], width: usize, op: ReduceOp) -> std::result::Result<(), String> {
+    if indices.len().checked_mul(width) != Some(values.len()) {
+        return Err(format!("{} values for {} rows of {width}", values.len(), indices.len()));
+    }
+    if !matches!(op, ReduceOp::Sum | ReduceOp::Average) || !op.supports(T::DTYPE) {
+        return Err(format!("{op:?} of sparse {} is not defined; use Sum or Average", T::DTYPE));
+    }
+    Ok(())
+}
+
+fn two(completions: Vec<crate::engine::submission::Completion>) -> Result<[Memory; 2]> {
+    let outputs: Vec<_> = completions.into_iter().map(|completion| completion.output).collect();
+    outputs.try_into().map_err(|_| Error::Invalid("a group of two gave another number of results".into()))
+}
+
+/// Adds up the rows of each index, in the order in which they come.
+fn sum_rows<T: Element>(
+    indices: &[i64],
+    values: Vec<T>,
+    width: usize,
+    op: ReduceOp,
+    ranks: usize,
+) -> (Vec<i64>, Vec<T>) {
+    let row_bytes = width * size_of::<T>();
+    let memory = Memory::from_vec(values);
+    // SAFETY: nobody else knows of the memory.
+    let bytes = unsafe { memory.as_slice() };
+    let mut rows: BTreeMap<i64, Vec<&[u8]>> = BTreeMap::new();
+    for (at, &index) in indices.iter().enumerate() {
+        rows.entry(index).or_default().push(&bytes[at * row_bytes..(at + 1) * row_bytes]);
+    }
+    let sums = Memory::from_vec(vec![T::default(); rows.len() * width]);
+    // SAFETY: as above.
+    let out = unsafe { sums.as_mut_slice() };
+    let scale = if op == ReduceOp::Average && T::DTYPE.is_float() { 1.0 / ranks as f64 } else { 1.0 };
+    for (rows, out) in rows.values().zip(out.chunks_mut(row_bytes.max(1))) {
+        combine(ReduceOp::Sum, T::DTYPE, out, rows, scale);
+    }
+    if op == ReduceOp::Average && !T::DTYPE.is_float() {
+        finish(&Reduction::new(T::DTYPE, ReduceOp::Average), ranks, out);
+    }
+    // SAFETY: as above.
+    (rows.into_keys().collect(), unsafe { sums.into_vec() })
+}
