@@ -102,7 +102,7 @@ mod tests {
     use crate::engine::message::{SignatureKind, TensorSignature};
 
     fn agreement(name: &str) -> Agreement {
-        let tensors = vec![TensorSignature { dtype: DType::F32, shape: vec![2] }];
+        let tensors = vec![TensorSignature { dtype: DType::F32, shape: vec![2], place: None }];
         let signature = Signature { kind: SignatureKind::Allgather, device: Device::Cpu, tensors };
         Agreement { name: name.into(), signature, first_dims: vec![vec![4], vec![5]] }
     }

@@ -10,12 +10,21 @@ use crate::memory::Memory;
 /// How a tensor travels. Depends on the tensor alone, so that its sum has the same bits with and without neighbours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
+    /// Nowhere: it lies in memory that the ranks share.
+    InPlace,
     /// Through the memory that the ranks share.
     Shared,
     /// Recursive doubling over the transport.
     Doubling,
     /// A ring over the transport.
     Ring,
+}
+
+impl Route {
+    /// Whether nothing goes over the transport. Such operations keep their order.
+    pub fn is_shared(self) -> bool {
+        matches!(self, Route::InPlace | Route::Shared)
+    }
 }
 
 /// Tensors of a gathered size above this travel alone, in bytes: to copy them into a buffer and back takes longer than a

@@ -11,6 +11,7 @@ use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::reduce::ReduceOp;
+use crate::shm::Place;
 use crate::wire::Compression;
 
 /// A set of small numbers.
@@ -87,6 +88,8 @@ pub struct TensorSignature {
     pub dtype: DType,
     /// Dimensions; without the first where that may differ from rank to rank.
     pub shape: Vec<u64>,
+    /// Where in a shared buffer the elements lie, if they are to be reduced in place.
+    pub place: Option<Place>,
 }
 
 /// [`OpKind`] with comparable numbers.
@@ -167,8 +170,13 @@ impl SignatureKind {
 }
 
 impl Signature {
-    /// What the other ranks must submit, too. `submissions`: those of a group are all of one kind; at least one.
-    pub fn of<'a>(submissions: impl IntoIterator<Item = &'a Submission>, ranks: usize) -> Option<Self> {
+    /// What the other ranks must submit, too. `submissions`: those of a group are all of one kind; at least one. `place` tells
+    /// where one lies that can be reduced in place.
+    pub fn of<'a>(
+        submissions: impl IntoIterator<Item = &'a Submission>,
+        ranks: usize,
+        place: impl Fn(&Submission) -> Option<Place>,
+    ) -> Option<Self> {
         let mut submissions = submissions.into_iter().peekable();
         let first = submissions.peek()?;
         let (kind, device) = (SignatureKind::of(first, ranks), first.device);
@@ -176,6 +184,7 @@ impl Signature {
         let tensor = |submission: &Submission| TensorSignature {
             dtype: submission.dtype,
             shape: submission.shape.iter().skip(free).map(|&dim| dim as u64).collect(),
+            place: place(submission),
         };
         Some(Signature { kind, device, tensors: submissions.map(tensor).collect() })
     }
@@ -296,12 +305,30 @@ impl Announcement {
         lines.into_iter().map(line).collect::<Vec<_>>().join("; ")
     }
 
+    /// Takes signatures that differ in nothing but places for one without: such ranks reduce as if their elements lay
+    /// anywhere.
+    fn unite_places(&mut self) {
+        if self.variants.len() < 2 {
+            return;
+        }
+        let apart = Announcement { variants: std::mem::take(&mut self.variants), ..Announcement::default() };
+        for (mut signature, ranks) in apart.variants {
+            signature.tensors.iter_mut().for_each(|tensor| tensor.place = None);
+            self.merge(Announcement {
+                order: self.order,
+                variants: vec![(signature, ranks)],
+                ..Announcement::default()
+            });
+        }
+    }
+
     /// What all ranks agree on: the signature and the first dimensions of an allgather.
     ///
     /// # Errors
     /// [`Error::Mismatch`] where the ranks disagree, [`Error::Invalid`] where they agree on what cannot be. The text says who
     /// sent what and is the same on every rank.
     pub fn agreement(mut self, name: &str) -> Result<(Signature, Vec<Vec<u64>>), Error> {
+        self.unite_places();
         let flaw = match &self.variants[..] {
             [(signature, _)] => signature.flaw(),
             _ => return Err(Error::Mismatch { name: name.into(), detail: self.describe() }),

@@ -29,12 +29,12 @@ use self::message::{Signature, SignatureKind};
 use self::negotiation::{Negotiation, Verdict};
 use self::observe::Phase;
 use self::stall::{Complaint, StallInspector};
-use self::submission::{Completion, OpKind, Promise, Submission};
+use self::submission::{Completion, OpKind, Output, Promise, Submission};
 use self::tuner::{Tuned, Tuner};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
-use crate::shm::ShmGroup;
+use crate::shm::{DIRECT_BYTES, Place, ShmGroup};
 use crate::transport::{Tag, Transport};
 
 pub use drive::{Engine, GroupHandle, Handle};
@@ -60,8 +60,9 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    fn signature(&self, ranks: usize) -> Option<Signature> {
-        Signature::of(self.items.iter().map(|item| &item.submission), ranks)
+    fn signature(&self, backend: &Backend) -> Option<Signature> {
+        let place = |submission: &Submission| backend.place(submission);
+        Signature::of(self.items.iter().map(|item| &item.submission), backend.size, place)
     }
 
     /// Of an allgather: this rank's first dimension of each tensor.
@@ -105,13 +106,23 @@ impl Backend {
         }
     }
 
-    fn route(&self, kind: &SignatureKind, bytes: usize) -> Route {
+    fn route(&self, kind: &SignatureKind, bytes: usize, in_place: bool) -> Route {
         match kind {
+            _ if in_place => Route::InPlace,
             SignatureKind::Allreduce(options) if !options.op.is_elementwise() => Route::Ring,
             _ if self.shared.is_some() => Route::Shared,
             SignatureKind::Allreduce(_) if bytes <= self.doubling_limit_bytes => Route::Doubling,
             _ => Route::Ring,
         }
+    }
+
+    /// Where a tensor lies that can be reduced in place: in a buffer that the ranks share, and as it travels.
+    fn place(&self, submission: &Submission) -> Option<Place> {
+        let group = self.shared.as_ref()?;
+        let (OpKind::Allreduce(options), Output::InPlace) = (&submission.kind, &submission.output) else { return None };
+        let plain = options.prescale == 1.0 && options.compression.wire_dtype(submission.dtype) == submission.dtype;
+        let small = submission.input.len().saturating_mul(self.size) <= DIRECT_BYTES;
+        if plain && options.op.is_elementwise() && !small { group.place(&submission.input) } else { None }
     }
 
     fn next_tag(&mut self) -> Tag {
@@ -224,7 +235,7 @@ impl Core {
             let text = format!("`{name}` was submitted before and is not ready yet; names must be unique");
             return entry.complete(Err(Error::Invalid(text)));
         }
-        let Some(signature) = entry.signature(self.backend.size) else { return };
+        let Some(signature) = entry.signature(&self.backend) else { return };
         self.negotiation.submit(&name, signature, entry.first_dims());
         self.waiting.insert(name, entry);
     }
@@ -281,7 +292,7 @@ impl Core {
     /// Moves messages. Where all goes through shared memory nothing but a sleeper's ring or a peer's end is expected, so
     /// a look is taken now and then only: it is a system call.
     fn look_at_transport(&mut self) -> Result<bool> {
-        let running = self.running.iter().any(|execution| execution.route() != Route::Shared);
+        let running = self.running.iter().any(|execution| !execution.route().is_shared());
         self.unlooked += 1;
         if self.unlooked < STEPS_PER_LOOK && !running && !self.negotiation.needs_transport() {
             return Ok(false);
@@ -314,11 +325,12 @@ impl Core {
 
     /// The tensors of an entry on which the ranks agree.
     fn ready_tensors(&self, entry: Entry, agreement: Agreement) -> Vec<Ready> {
-        let Agreement { signature: Signature { kind, .. }, first_dims, .. } = agreement;
+        let Agreement { signature: Signature { kind, tensors, .. }, first_dims, .. } = agreement;
         let ready = |(at, mut item): (usize, Item)| {
             self.observers.tell(&item.submission.name, Phase::Negotiated);
             item.first_dims = first_dims.iter().filter_map(|dims| dims.get(at).map(|&dim| dim as usize)).collect();
-            let route = self.backend.route(&kind, item.submission.input.len());
+            let in_place = tensors.get(at).is_some_and(|tensor| tensor.place.is_some());
+            let route = self.backend.route(&kind, item.submission.input.len(), in_place);
             Ready { kind: kind.clone(), route, item }
         };
         entry.items.into_iter().enumerate().map(ready).collect()
@@ -358,7 +370,7 @@ impl Core {
         let mut shared_is_taken = false;
         let mut at = 0;
         while at < self.running.len() {
-            let shared = self.running[at].route() == Route::Shared;
+            let shared = self.running[at].route().is_shared();
             if (shared && shared_is_taken) || !self.running[at].poll(&mut *self.transport)? {
                 shared_is_taken |= shared;
                 at += 1;

@@ -158,7 +158,7 @@ impl Simulation {
 }
 
 fn signature() -> Signature {
-    let tensor = TensorSignature { dtype: DType::F32, shape: vec![1024] };
+    let tensor = TensorSignature { dtype: DType::F32, shape: vec![1024], place: None };
     Signature { kind: SignatureKind::Allreduce(Allreduce::sum().into()), device: Device::Cpu, tensors: vec![tensor] }
 }
 

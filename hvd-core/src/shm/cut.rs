@@ -42,14 +42,20 @@ pub(super) struct Run {
 impl Cut {
     /// `user` and `wire` are the sizes of an element in bytes.
     pub fn new(parts: impl Iterator<Item = usize>, user: usize, wire: usize, ranks: usize, slot_bytes: usize) -> Cut {
+        let mut cut = Cut::of_pieces(parts, wire, ranks, slot_bytes);
+        cut.user = user;
+        cut.piece = piece_bytes(cut.bytes(), slot_bytes) / wire;
+        cut
+    }
+
+    /// Pieces of up to `piece_bytes` of elements of `size` bytes, which do not change on their way.
+    pub fn of_pieces(parts: impl Iterator<Item = usize>, size: usize, ranks: usize, piece_bytes: usize) -> Cut {
         let mut starts = vec![0usize];
         starts.extend(parts.scan(0usize, |sum, elements| {
             *sum = sum.saturating_add(elements);
             Some(*sum)
         }));
-        let mut cut = Cut { starts, user, wire, piece: 0, ranks };
-        cut.piece = piece_bytes(cut.bytes(), slot_bytes) / wire;
-        cut
+        Cut { starts, user: size, wire: size, piece: piece_bytes / size, ranks }
     }
 
     /// Whether the payload is so small that every rank had better combine all of it.

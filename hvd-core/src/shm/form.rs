@@ -70,7 +70,7 @@ fn follow(talk: &mut Talk<'_>) -> Result<Option<Segment>> {
 
 /// Fetches the file and maps it. Gives up early enough to vote in time.
 fn join(talk: &mut Talk<'_>, offer: &Offer) -> Result<Option<Segment>> {
-    let Some(layout) = Layout::new(talk.transport.size(), offer.slot_bytes) else { return Ok(None) };
+    let Some(layout) = Layout::new(talk.transport.size(), offer.slot_bytes, offer.arena_bytes) else { return Ok(None) };
     let now = Instant::now();
     let patience = now + talk.deadline.saturating_duration_since(now) / 2;
     let mut guest = Guest::default();
@@ -90,21 +90,25 @@ fn join(talk: &mut Talk<'_>, offer: &Offer) -> Result<Option<Segment>> {
 /// What rank 0 tells the others.
 struct Offer {
     slot_bytes: usize,
+    arena_bytes: usize,
     nonce: Nonce,
     name: [u8; 16],
 }
 
 impl Offer {
-    const BYTES: usize = 8 + 16 + 16;
+    const BYTES: usize = 8 + 8 + 16 + 16;
 
     fn encode(&self) -> Vec<u8> {
-        [&(self.slot_bytes as u64).to_le_bytes()[..], &self.nonce, &self.name].concat()
+        let [slot, arena] = [self.slot_bytes, self.arena_bytes].map(|bytes| (bytes as u64).to_le_bytes());
+        [&slot[..], &arena, &self.nonce, &self.name].concat()
     }
 
     fn decode(bytes: &[u8]) -> Option<Offer> {
         let bytes: &[u8; Offer::BYTES] = bytes.try_into().ok()?;
         let slot_bytes = u64::from_le_bytes(bytes[..8].try_into().ok()?).try_into().ok()?;
-        Some(Offer { slot_bytes, nonce: bytes[8..24].try_into().ok()?, name: bytes[24..].try_into().ok()? })
+        let arena_bytes = u64::from_le_bytes(bytes[8..16].try_into().ok()?).try_into().ok()?;
+        let (nonce, name) = (bytes[16..32].try_into().ok()?, bytes[32..].try_into().ok()?);
+        Some(Offer { slot_bytes, arena_bytes, nonce, name })
     }
 
     fn address(&self) -> rustix::io::Result<SocketAddrUnix> {
@@ -138,8 +142,9 @@ struct Host {
 
 impl Host {
     fn open(size: usize, slot_bytes: usize) -> rustix::io::Result<Host> {
-        let layout = Layout::new(size, slot_bytes).ok_or(Errno::INVAL)?;
-        let mut offer = Offer { slot_bytes: layout.slot_bytes(), nonce: Nonce::default(), name: Nonce::default() };
+        let layout = Layout::for_this_host(size, slot_bytes).ok_or(Errno::INVAL)?;
+        let (slot_bytes, arena_bytes) = (layout.slot_bytes(), layout.arena_bytes());
+        let mut offer = Offer { slot_bytes, arena_bytes, nonce: Nonce::default(), name: Nonce::default() };
         getrandom::fill(&mut offer.nonce).map_err(|_| Errno::IO)?;
         getrandom::fill(&mut offer.name).map_err(|_| Errno::IO)?;
         let file = segment::create(layout, &offer.nonce)?;
@@ -287,7 +292,7 @@ mod tests {
         let mut host = Host::open(2, 4096).unwrap();
         let offer = Offer::decode(&host.offer.encode()).unwrap();
         let file = fetch(&mut host, &offer).unwrap();
-        assert!(Segment::map(file.as_fd(), Layout::new(2, 4096).unwrap(), &offer.nonce).is_ok());
+        assert!(Segment::map(file.as_fd(), Layout::new(2, 4096, offer.arena_bytes).unwrap(), &offer.nonce).is_ok());
         let stranger = Offer { nonce: [0; 16], ..offer };
         assert!(fetch(&mut host, &stranger).is_err());
         assert!(host.guests.is_empty());

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::arena::Regions;
 use super::form;
 use super::segment::{NeedCell, PHASES, Segment};
 use crate::error::{Error, Result};
@@ -81,6 +82,8 @@ pub struct ShmGroup {
     size: usize,
     segment: Segment,
     state: Mutex<State>,
+    /// What this rank has handed out of its arena.
+    pub(super) regions: Mutex<Regions>,
 }
 
 impl ShmGroup {
@@ -95,7 +98,9 @@ impl ShmGroup {
     pub fn form(transport: &mut dyn Transport, slot_bytes: usize, deadline: Instant) -> Result<Option<Arc<ShmGroup>>> {
         let segment = form::share(transport, slot_bytes, deadline)?;
         let (rank, size) = (transport.rank(), transport.size());
-        Ok(segment.map(|segment| Arc::new(ShmGroup { rank, size, segment, state: Mutex::default() })))
+        Ok(segment.map(|segment| {
+            Arc::new(ShmGroup { rank, size, segment, state: Mutex::default(), regions: Mutex::default() })
+        }))
     }
 
     /// This rank.

@@ -37,10 +37,12 @@
 
 mod allreduce;
 mod alltoall;
+mod arena;
 mod board;
 mod cut;
 mod form;
 mod group;
+mod in_place;
 mod movement;
 mod reducescatter;
 mod segment;
@@ -48,9 +50,11 @@ mod stream;
 
 pub use allreduce::{Part, ShmAllreduce};
 pub use alltoall::ShmAlltoall;
+pub use arena::{Place, ShmRegion};
 pub use board::ShmBoard;
 pub use cut::DIRECT_BYTES;
 pub use group::ShmGroup;
+pub use in_place::ShmInPlaceAllreduce;
 pub use movement::{ShmAllgather, ShmBarrier, ShmBroadcast};
 pub use reducescatter::ShmReducescatter;
 pub use segment::PIECES;

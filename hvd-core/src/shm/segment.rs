@@ -1,13 +1,16 @@
 //! The memory file: its layout, its making and its mapping.
+//!
+//! Behind the slots lies an *arena* for each rank, address space as large as the host's memory: pages come with what
+//! [`super::arena`] hands out, and go with it.
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 /// How many pieces are in flight at most: each rank has this many slots.
 pub const PIECES: usize = 4;
@@ -26,6 +29,10 @@ const SKEW: usize = 1088;
 /// Bounds on what a peer may propose.
 const MAX_SLOT_BYTES: usize = 64 << 20;
 const MAX_RANKS: usize = 4096;
+/// Bounds on all arenas together: address spaces have 47 bits.
+const MAX_ARENAS_BYTES: usize = 1 << 45;
+/// Arenas, and large regions in them, begin at a multiple of this, so that the system can use large pages.
+pub(super) const LARGE_PAGE: usize = 2 << 20;
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
@@ -67,20 +74,36 @@ impl NeedCell {
 
 const _: () = assert!(size_of::<Control>() <= PAGE);
 
-/// Where things are in a segment: a head page, a control page and the pages of the board per rank, then the slots.
+/// Where things are in a segment: a head page, a control page and the pages of the board per rank, the slots, then an
+/// arena per rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     ranks: usize,
     slot_bytes: usize,
+    arena_bytes: usize,
 }
 
 impl Layout {
-    /// `slot_bytes` is rounded up to whole cache lines. `None` for sizes out of bounds.
-    pub fn new(ranks: usize, slot_bytes: usize) -> Option<Layout> {
+    /// `slot_bytes` is rounded up to whole cache lines, `arena_bytes` down to large pages. `None` for sizes out of bounds.
+    pub fn new(ranks: usize, slot_bytes: usize, arena_bytes: usize) -> Option<Layout> {
         let slot_bytes = slot_bytes.max(1).checked_next_multiple_of(ALIGN)?;
-        let layout = Layout { ranks, slot_bytes };
-        let sane = slot_bytes <= MAX_SLOT_BYTES && (1..=MAX_RANKS).contains(&ranks);
+        let arena_bytes = arena_bytes / LARGE_PAGE * LARGE_PAGE;
+        let layout = Layout { ranks, slot_bytes, arena_bytes };
+        let arenas = arena_bytes.checked_mul(ranks)?;
+        let sane = slot_bytes <= MAX_SLOT_BYTES && (1..=MAX_RANKS).contains(&ranks) && arenas <= MAX_ARENAS_BYTES;
         (sane && layout.total() <= isize::MAX as usize).then_some(layout)
+    }
+
+    /// As [`Layout::new`], with arenas as large as this host's memory, or as addresses allow.
+    pub fn for_this_host(ranks: usize, slot_bytes: usize) -> Option<Layout> {
+        let system = rustix::system::sysinfo();
+        let memory = (system.totalram as usize).saturating_mul(system.mem_unit as usize);
+        Layout::new(ranks, slot_bytes, memory.min(MAX_ARENAS_BYTES / ranks.max(1)))
+    }
+
+    /// Bytes of each rank's arena.
+    pub fn arena_bytes(&self) -> usize {
+        self.arena_bytes
     }
 
     /// Bytes of one slot.
@@ -93,8 +116,12 @@ impl Layout {
     }
 
     fn total(&self) -> usize {
-        let slots = self.stride() * self.ranks * PIECES;
-        self.pages() + slots.next_multiple_of(PAGE)
+        self.arenas() + self.arena_bytes * self.ranks
+    }
+
+    /// Where the arenas begin, and all that is there from the start ends.
+    fn arenas(&self) -> usize {
+        (self.pages() + self.stride() * self.ranks * PIECES).next_multiple_of(LARGE_PAGE)
     }
 
     /// Bytes of all that comes before the slots.
@@ -119,13 +146,12 @@ impl Layout {
     }
 }
 
-/// Makes a zeroed, sealed memory file for `layout`, with the nonce in its head. All of its pages are allocated, so that
-/// a host short of memory says so here rather than by a signal later.
+/// Makes a zeroed, sealed memory file for `layout`, with the nonce in its head. All pages but the arenas' are allocated, so
+/// that a host short of memory says so here rather than by a signal later.
 pub(super) fn create(layout: Layout, nonce: &Nonce) -> rustix::io::Result<OwnedFd> {
     let file = rustix::fs::memfd_create("hvd", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    let total = layout.total() as u64;
-    rustix::fs::ftruncate(&file, total)?;
-    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, total)?;
+    rustix::fs::ftruncate(&file, layout.total() as u64)?;
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, layout.arenas() as u64)?;
     rustix::fs::fcntl_add_seals(&file, SEALS)?;
     rustix::io::pwrite(&file, nonce, 0)?;
     Ok(file)
@@ -134,7 +160,16 @@ pub(super) fn create(layout: Layout, nonce: &Nonce) -> rustix::io::Result<OwnedF
 /// A mapped segment.
 pub(super) struct Segment {
     layout: Layout,
-    base: NonNull<u8>,
+    /// All but the arenas.
+    base: Mapping,
+    arenas: Option<Mapping>,
+    file: OwnedFd,
+}
+
+/// Part of the file in this process's memory.
+struct Mapping {
+    at: NonNull<u8>,
+    len: usize,
 }
 
 // SAFETY: the mapping is plain memory, valid on every thread until it is dropped; access to the slots is by unsafe
@@ -154,13 +189,57 @@ impl Segment {
         if !sealed || size != layout.total() as i64 || head != *nonce {
             return Err(rustix::io::Errno::INVAL);
         }
-        let flags = MapFlags::SHARED | MapFlags::POPULATE;
-        // SAFETY: a fresh mapping at an address of the system's choice touches no other memory.
-        let base = unsafe {
-            let protection = ProtFlags::READ | ProtFlags::WRITE;
-            rustix::mm::mmap(std::ptr::null_mut(), layout.total(), protection, flags, file.as_fd(), 0)?
+        let file = file.try_clone_to_owned().map_err(|_| rustix::io::Errno::MFILE)?;
+        let (arenas, total) = (layout.arenas(), layout.total());
+        let base = Mapping::new(&file, 0..arenas, MapFlags::SHARED | MapFlags::POPULATE)?;
+        let arenas = match arenas < total {
+            true => Some(Mapping::new(&file, arenas..total, MapFlags::SHARED | MapFlags::NORESERVE)?),
+            false => None,
         };
-        NonNull::new(base.cast()).map(|base| Segment { layout, base }).ok_or(rustix::io::Errno::NOMEM)
+        if let Some(Mapping { at, len }) = &arenas {
+            // SAFETY: the mapping was made above; the advice changes no content. It is but advice, so it may fail.
+            let _ = unsafe { rustix::mm::madvise(at.as_ptr().cast(), *len, Advice::LinuxHugepage) };
+        }
+        Ok(Segment { layout, base, arenas, file })
+    }
+
+    /// Bytes of each rank's arena.
+    pub fn arena_bytes(&self) -> usize {
+        self.layout.arena_bytes()
+    }
+
+    /// Where part of a rank's arena is mapped.
+    pub fn region(&self, rank: usize, range: &Range<usize>) -> *mut u8 {
+        let fits = rank < self.layout.ranks && range.start <= range.end && range.end <= self.arena_bytes();
+        assert!(fits, "bytes {range:?} of the arena of rank {rank}");
+        let Some(arenas) = &self.arenas else { return NonNull::dangling().as_ptr() };
+        // SAFETY: the region lies within the mapping.
+        unsafe { arenas.at.add(rank * self.arena_bytes() + range.start).as_ptr() }
+    }
+
+    /// Gives part of a rank's arena its pages, zeroed, and maps them, so that nothing is missing later.
+    pub fn populate(&self, rank: usize, range: &Range<usize>) -> rustix::io::Result<()> {
+        let at = self.region(rank, range).cast();
+        // SAFETY: the range lies within the mapping; no content changes.
+        match unsafe { rustix::mm::madvise(at, range.len(), Advice::LinuxPopulateWrite) } {
+            // Before Linux 5.14.
+            Err(rustix::io::Errno::INVAL) => {
+                let (start, len) = self.file_range(rank, range);
+                rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, start, len)
+            }
+            other => other,
+        }
+    }
+
+    /// Takes the pages of part of a rank's arena away; read again, it is zero.
+    pub fn punch(&self, rank: usize, range: &Range<usize>) -> rustix::io::Result<()> {
+        let (start, len) = self.file_range(rank, range);
+        rustix::fs::fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, len)
+    }
+
+    fn file_range(&self, rank: usize, range: &Range<usize>) -> (u64, u64) {
+        let start = self.layout.arenas() + rank * self.arena_bytes() + range.start;
+        (start as u64, range.len() as u64)
     }
 
     /// Bytes of one slot.
@@ -172,13 +251,13 @@ impl Segment {
     pub fn control(&self, rank: usize) -> &Control {
         // SAFETY: the page lies within the mapping and is aligned to a page; every bit pattern is a valid Control, and
         // all of it is atomics.
-        unsafe { self.base.add(self.layout.control(rank)).cast().as_ref() }
+        unsafe { self.base.at.add(self.layout.control(rank)).cast().as_ref() }
     }
 
     /// A rank's page of the board for a round. The next round has another, the one after it this one again.
     pub fn board(&self, rank: usize, round: u64) -> *mut [u8; PAGE] {
         // SAFETY: the page lies within the mapping.
-        unsafe { self.base.add(self.layout.board(rank, round)).cast().as_ptr() }
+        unsafe { self.base.at.add(self.layout.board(rank, round)).cast().as_ptr() }
     }
 
     /// Part of a rank's slot for a piece, to read.
@@ -206,25 +285,35 @@ impl Segment {
         let fits = range.start <= range.end && range.end <= self.slot_bytes();
         assert!(fits, "bytes {range:?} of a slot of {}", self.slot_bytes());
         // SAFETY: the slot lies within the mapping, and the range within the slot.
-        unsafe { self.base.add(self.layout.slot(rank, piece) + range.start).as_ptr() }
+        unsafe { self.base.at.add(self.layout.slot(rank, piece) + range.start).as_ptr() }
     }
 }
 
-impl Drop for Segment {
+impl Mapping {
+    fn new(file: &OwnedFd, range: Range<usize>, flags: MapFlags) -> rustix::io::Result<Mapping> {
+        let (len, protection) = (range.len(), ProtFlags::READ | ProtFlags::WRITE);
+        // SAFETY: a fresh mapping at an address of the system's choice touches no other memory.
+        let at = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, range.start as u64)? };
+        NonNull::new(at.cast()).map(|at| Mapping { at, len }).ok_or(rustix::io::Errno::NOMEM)
+    }
+}
+
+impl Drop for Mapping {
     fn drop(&mut self) {
-        let base = self.base.as_ptr().cast::<c_void>();
-        // SAFETY: this is the mapping made in `map`; no reference into it outlives the segment.
-        let _ = unsafe { rustix::mm::munmap(base, self.layout.total()) };
+        // SAFETY: this is the mapping made in `new`; no reference into it outlives the segment.
+        let _ = unsafe { rustix::mm::munmap(self.at.as_ptr().cast::<c_void>(), self.len) };
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]
     fn slots_lie_apart_and_within_the_file() {
-        let layout = Layout::new(3, 100).unwrap();
+        let layout = Layout::new(3, 100, LARGE_PAGE).unwrap();
         assert_eq!(layout.slot_bytes(), 128);
         let mut starts: Vec<_> =
             (0..PIECES as u64).flat_map(|piece| (0..3).map(move |rank| layout.slot(rank, piece))).collect();
@@ -238,25 +327,29 @@ mod tests {
         assert!(pages.iter().all(|page| page % PAGE == 0 && page + PAGE <= starts[0]));
         assert_eq!(layout.board(1, 2), layout.board(1, 0));
         assert!(starts.windows(2).all(|pair| pair[1] - pair[0] >= 128));
-        assert!(starts.last().unwrap() + 128 <= layout.total());
+        assert!(starts.last().unwrap() + 128 <= layout.arenas());
+        assert_eq!(layout.total(), layout.arenas() + 3 * LARGE_PAGE);
         assert_eq!(layout.slot(1, 2), layout.slot(1, 2 + PIECES as u64));
     }
 
     #[test]
     fn absurd_sizes_are_refused() {
-        assert_eq!(Layout::new(2, usize::MAX), None);
-        assert_eq!(Layout::new(2, MAX_SLOT_BYTES + 1), None);
-        assert_eq!(Layout::new(0, 64), None);
-        assert_eq!(Layout::new(MAX_RANKS + 1, 64), None);
+        assert_eq!(Layout::new(2, usize::MAX, 0), None);
+        assert_eq!(Layout::new(2, MAX_SLOT_BYTES + 1, 0), None);
+        assert_eq!(Layout::new(0, 64, 0), None);
+        assert_eq!(Layout::new(MAX_RANKS + 1, 64, 0), None);
+        assert_eq!(Layout::new(2, 64, MAX_ARENAS_BYTES), None);
+        assert_eq!(Layout::new(2, 64, usize::MAX), None);
+        assert!(Layout::for_this_host(2, 64).is_some_and(|layout| layout.arena_bytes() > 0));
     }
 
     #[test]
     fn a_file_that_is_not_as_announced_is_refused() {
-        let layout = Layout::new(2, 4096).unwrap();
+        let layout = Layout::new(2, 4096, 4 << 20).unwrap();
         let file = create(layout, &[7; 16]).unwrap();
         assert!(Segment::map(file.as_fd(), layout, &[7; 16]).is_ok());
         assert!(Segment::map(file.as_fd(), layout, &[8; 16]).is_err());
-        assert!(Segment::map(file.as_fd(), Layout::new(2, 8192).unwrap(), &[7; 16]).is_err());
+        assert!(Segment::map(file.as_fd(), Layout::new(2, 1 << 20, 4 << 20).unwrap(), &[7; 16]).is_err());
         assert!(rustix::fs::ftruncate(&file, 0).is_err());
         let open = rustix::fs::memfd_create("open", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&open, layout.total() as u64).unwrap();
@@ -266,7 +359,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "of a slot")]
     fn nothing_past_a_slot_is_given_out() {
-        let layout = Layout::new(1, 64).unwrap();
+        let layout = Layout::new(1, 64, 0).unwrap();
         let file = create(layout, &[7; 16]).unwrap();
         let segment = Segment::map(file.as_fd(), layout, &[7; 16]).unwrap();
         // SAFETY: nobody else knows of the segment.

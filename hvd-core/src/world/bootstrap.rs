@@ -34,7 +34,7 @@ pub(super) fn world(config: Config) -> Result<World> {
         drop(std::fs::remove_file(path_on_host(path, &topology)));
     }
     if topology.size == 1 {
-        return observed(wrap(topology, Backend::Solo, Arc::default(), None), &config);
+        return observed(wrap(topology, Backend::Solo, Arc::default(), None, None), &config);
     }
     let mut transport = next_transport(&config, &launch)?;
     let shared = match config.shared_memory && topology.is_single_host() {
@@ -92,7 +92,7 @@ pub(super) fn thread_rank(mut transport: ThreadTransport, config: &Config, share
     let (rank, size) = (transport.rank(), transport.size());
     let topology = Topology { rank, size, local_rank: rank, local_size: size, cross_rank: 0, cross_size: 1 };
     if size == 1 {
-        return observed(wrap(topology, Backend::Solo, Arc::default(), None), config);
+        return observed(wrap(topology, Backend::Solo, Arc::default(), None, None), config);
     }
     let shared = match share {
         true => ShmGroup::form(&mut transport, config.shm_slot_bytes, Instant::now() + config.start_timeout)?,
@@ -114,16 +114,23 @@ fn start(
         (None, _) => Backend::Tcp,
     };
     let (waiter, observers) = (transport.waiter(), Arc::<Observers>::default());
-    let core = Core::new(transport, shared, config, observers.clone())?;
+    let core = Core::new(transport, shared.clone(), config, observers.clone())?;
     let processor = affinity::processor(config, topology.local_rank)?;
     let engine = affinity::inherited(processor, || Engine::start(core, waiter, config.spin))?;
     tracing::debug!(rank = topology.rank, size = topology.size, %backend, "joined the world");
-    Ok(wrap(topology, backend, observers, Some(engine)))
+    Ok(wrap(topology, backend, observers, Some(engine), shared))
 }
 
-fn wrap(topology: Topology, backend: Backend, observers: Arc<Observers>, engine: Option<Engine>) -> World {
+fn wrap(
+    topology: Topology,
+    backend: Backend,
+    observers: Arc<Observers>,
+    engine: Option<Engine>,
+    shared: Option<Arc<ShmGroup>>,
+) -> World {
     let ranks = (0..topology.size).collect();
-    let world = Inner { topology, observers, timeline: Mutex::default(), engine };
+    let (timeline, shared_buffers) = Default::default();
+    let world = Inner { topology, observers, timeline, engine, shared, shared_buffers };
     World(ProcessSet::new(Arc::new(world), ranks, backend))
 }
 

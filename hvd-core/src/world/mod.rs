@@ -8,10 +8,12 @@ mod handles;
 mod objects;
 mod operations;
 mod process_set;
+mod shared;
 mod solo;
 mod sparse;
 
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::Config;
@@ -19,6 +21,7 @@ use crate::engine::observe::{Observer, Seat};
 use crate::engine::timeline::Timeline;
 use crate::engine::{Engine, Observers};
 use crate::error::{Error, Result};
+use crate::shm::ShmGroup;
 use crate::topology::Topology;
 use crate::transport::thread::ThreadTransport;
 
@@ -27,6 +30,7 @@ pub use global::{
 };
 pub use handles::{GroupVecHandle, VecHandle};
 pub use process_set::ProcessSet;
+pub use shared::{SharedBuffer, SharedHandle};
 
 /// What serves large allreduces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +90,10 @@ struct Inner {
     timeline: Mutex<Option<Arc<Timeline>>>,
     /// `None` for a world of one.
     engine: Option<Engine>,
+    /// The memory that all ranks share, if they are on one host.
+    shared: Option<Arc<ShmGroup>>,
+    /// Numbers the shared buffers.
+    shared_buffers: AtomicU64,
 }
 
 impl World {

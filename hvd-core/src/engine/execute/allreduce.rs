@@ -12,7 +12,7 @@ use crate::engine::submission::Allreduce;
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::reduce::ReduceOp;
-use crate::shm::{Part, ShmAllreduce, ShmGroup};
+use crate::shm::{Part, ShmAllreduce, ShmGroup, ShmInPlaceAllreduce};
 
 /// How elements are treated from end to end.
 #[derive(Clone, Copy)]
@@ -54,10 +54,14 @@ pub(super) fn start(options: Allreduce, batch: &mut Batch, backend: &mut Backend
     let Batch { items, route, segment_bytes, .. } = batch;
     let (route, segment_bytes) = (*route, *segment_bytes);
     let user = items[0].submission.dtype;
-    let treatment = Treatment::of(options, user, backend.size, route != Route::Shared);
+    let treatment = Treatment::of(options, user, backend.size, !route.is_shared());
     let inputs = inputs(items);
     let outputs: Vec<_> = items.iter_mut().map(|item| item.resolve_output(item.submission.input.len())).collect();
     match (&backend.shared, route) {
+        (Some(group), Route::InPlace) => {
+            let collective = ShmInPlaceAllreduce::new(group.clone(), &outputs, treatment.reduction)?;
+            Ok(Simple::operation(collective, || Finished { outputs, ..Finished::default() }))
+        }
         (Some(group), Route::Shared) => in_shared_memory(treatment, inputs, outputs, group.clone()),
         _ => over_transport(treatment, inputs, outputs, (route, segment_bytes), backend),
     }

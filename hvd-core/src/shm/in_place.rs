@@ -1,0 +1,98 @@
+//! Allreduce of memory that all ranks reach: nothing is staged.
+
+use std::sync::Arc;
+
+use super::cut::Cut;
+use super::group::ShmGroup;
+use super::stream::{Plan, Stream, Writers};
+use crate::collective::{Collective, Reduction};
+use crate::error::{Error, Result};
+use crate::memory::Memory;
+use crate::reduce::combine;
+use crate::transport::Transport;
+
+/// Bytes that are combined at once: they stay in the first-level cache until all ranks have them.
+const BLOCK_BYTES: usize = 8 << 10;
+/// Bytes after which the ranks wait for each other, and the engine can look after other things.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// Combines the ranks' elements where they lie: each rank reads its share of a piece out of all ranks' buffers and writes
+/// the result into all of them. The bits are those of [`super::ShmAllreduce`].
+///
+/// For a payload of `n` bytes on `p` ranks a rank reads `n` and writes `n` bytes; two waits per piece, one for all ranks to
+/// have begun the operation and one for all to have written.
+pub struct ShmInPlaceAllreduce {
+    stream: Stream,
+    plan: InPlace,
+}
+
+struct InPlace {
+    /// Where each part begins in each rank's arena.
+    parts: Vec<Vec<usize>>,
+    cut: Cut,
+    reduction: Reduction,
+    scratch: Vec<u8>,
+}
+
+impl ShmInPlaceAllreduce {
+    /// Reduces `parts`, each of which must have a [`ShmGroup::place`], the same on all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if a part has no place or is no whole number of elements, or the type does not allow the
+    /// operation.
+    pub fn new(group: Arc<ShmGroup>, parts: &[Memory], reduction: Reduction) -> Result<ShmInPlaceAllreduce> {
+        let size = reduction.dtype.size();
+        let whole = parts.iter().all(|part| part.len() % size == 0);
+        let starts: Option<Vec<_>> = parts.iter().map(|part| group.starts(part)).collect();
+        let (Some(starts), true, true) = (starts, whole, reduction.op.supports(reduction.dtype)) else {
+            return Err(Error::Invalid(format!("{reduction:?} in place of memory that is not fit for it")));
+        };
+        let elements = parts.iter().map(|part| part.len() / size);
+        let cut = Cut::of_pieces(elements, size, group.size(), PIECE_BYTES);
+        let stream = Stream::new(group, cut.pieces());
+        Ok(ShmInPlaceAllreduce { stream, plan: InPlace { parts: starts, cut, reduction, scratch: Vec::new() } })
+    }
+}
+
+impl Collective for ShmInPlaceAllreduce {
+    fn poll(&mut self, transport: &mut dyn Transport) -> Result<bool> {
+        self.stream.poll(&mut self.plan, transport)
+    }
+}
+
+impl Plan for InPlace {
+    fn writers(&self) -> Writers {
+        Writers::All
+    }
+
+    fn reduces(&self) -> bool {
+        true
+    }
+
+    fn stage(&mut self, _group: &ShmGroup, _piece: u64, _index: u64) {}
+
+    fn reduce(&mut self, group: &ShmGroup, _piece: u64, index: u64) {
+        let InPlace { parts, cut, reduction, scratch } = self;
+        scratch.resize(BLOCK_BYTES, 0);
+        let mut inputs = Vec::with_capacity(group.size());
+        for run in cut.runs(index, cut.share(index, group.rank()), BLOCK_BYTES) {
+            let at = |rank: usize| {
+                let start = parts[run.part][rank];
+                group.segment().region(rank, &(start + run.user.start..start + run.user.end))
+            };
+            let result = &mut scratch[..run.user.len()];
+            inputs.clear();
+            // SAFETY: all ranks have begun this operation, so that their buffers are at its disposal, and in this share only
+            // this rank reads and writes until it announces that it has reduced it.
+            inputs.extend((0..group.size()).map(|rank| unsafe { std::slice::from_raw_parts(at(rank), result.len()) }));
+            combine(reduction.op, reduction.dtype, result, &inputs, reduction.scale);
+            inputs.clear();
+            for rank in 0..group.size() {
+                // SAFETY: as above; the slices that were read are gone.
+                unsafe { std::slice::from_raw_parts_mut(at(rank), result.len()) }.copy_from_slice(result);
+            }
+        }
+    }
+
+    fn copy(&mut self, _group: &ShmGroup, _piece: u64, _index: u64) {}
+}
