@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use hvd_core::config::{Config, IGNORED, KNOBS, OTHERS};
+use hvd_core::config::{AGREED, Config, IGNORED, KNOBS, OTHERS};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -76,4 +76,10 @@ fn no_source_file_reads_a_variable_that_is_not_documented() {
     let missing: Vec<_> = found.difference(&documented).collect();
     assert!(missing.is_empty(), "docs/CONFIGURATION.md lacks {missing:?}");
     assert!(found.len() > KNOBS.len(), "the sources were not found");
+}
+
+#[test]
+fn the_document_says_what_must_be_the_same_on_all_ranks() {
+    let said = rows().into_iter().filter(|row| row.len() == 4 && row[3].ends_with("Same on all ranks"));
+    assert_eq!(said.map(|row| row[0].clone()).collect::<Vec<_>>(), AGREED);
 }

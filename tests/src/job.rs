@@ -17,6 +17,8 @@ pub struct Job {
     program: PathBuf,
     args: Vec<OsString>,
     vars: Vec<(String, String)>,
+    /// Those of single processes, by number.
+    own_vars: Vec<(usize, String, String)>,
     ranks: usize,
     launcher: Launcher,
     hosts: Option<Arc<Hosts>>,
@@ -61,6 +63,7 @@ impl Job {
             program: program.into(),
             args: Vec::new(),
             vars: Vec::new(),
+            own_vars: Vec::new(),
             ranks,
             launcher: Launcher::Spawn,
             launcher_args: Vec::new(),
@@ -79,6 +82,12 @@ impl Job {
     /// Sets an environment variable on all ranks.
     pub fn var(mut self, name: &str, value: impl ToString) -> Self {
         self.vars.push((name.into(), value.to_string()));
+        self
+    }
+
+    /// Sets an environment variable on one rank of a job that is started one by one.
+    pub fn var_on(mut self, rank: usize, name: &str, value: impl ToString) -> Self {
+        self.own_vars.push((rank, name.into(), value.to_string()));
         self
     }
 
@@ -121,7 +130,8 @@ impl Job {
         };
         let start = |(at, mut command): (usize, Command)| {
             let stdin = self.stdin.take().map_or_else(Stdio::null, Stdio::from);
-            command.args(&self.args).envs(self.vars.iter().cloned()).stdin(stdin);
+            let own = self.own_vars.iter().filter(|(rank, ..)| *rank == at).map(|(_, name, value)| (name, value));
+            command.args(&self.args).envs(self.vars.iter().cloned()).envs(own).stdin(stdin);
             command.stdout(output.file("stdout", at)).stderr(output.file("stderr", at));
             // A group of its own, so that a launcher dies together with what it started.
             command.process_group(0).spawn().expect("a process")

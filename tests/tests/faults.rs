@@ -122,3 +122,16 @@ fn jobs_on_one_host_do_not_meet() {
         assert_eq!(job.wait().assert_success().stdout.matches("6 worlds").count(), 2);
     }
 }
+
+#[test]
+fn ranks_with_different_settings_refuse_each_other() {
+    for (name, value) in [("HVD_SHM", "0"), ("HVD_CACHE_CAPACITY", "7"), ("HVD_PEER_TIMEOUT", "0")] {
+        let finished = worker(3, &["steps", "--count", "3", "--elements", "10"]).var_on(1, name, value).run();
+        finished.assert_failure();
+        assert!(finished.elapsed < LIMIT, "{:?}", finished.elapsed);
+        for complaint in &finished.complaints {
+            let expected = format!("`{value}` on rank 1; give all ranks the same");
+            assert!(complaint.contains(name) && complaint.contains(&expected), "{complaint}");
+        }
+    }
+}

@@ -127,6 +127,17 @@ pub const KNOBS: &[Knob] = &[
     knob!("HVD_LOG_HIDE_TIME", Some("HOROVOD_LOG_HIDE_TIME"), Flag, log_hide_time),
 ];
 
+/// Those whose value must be the same on all ranks.
+pub const AGREED: &[&str] = &[
+    "HVD_FUSION_THRESHOLD",
+    "HVD_CACHE_CAPACITY",
+    "HVD_SEGMENT_BYTES",
+    "HVD_DOUBLING_LIMIT_BYTES",
+    "HVD_SHM",
+    "HVD_PEER_TIMEOUT",
+    "HVD_AUTOTUNE",
+];
+
 /// Variables of ours that are no field of [`Config`]: this process's place, and where files are.
 pub const OTHERS: &[&str] = &[
     "HVD_RANK",

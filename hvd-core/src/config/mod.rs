@@ -10,7 +10,7 @@ use crate::topology::Vars;
 
 mod knobs;
 
-pub use knobs::{IGNORED, KNOBS, Knob, OTHERS};
+pub use knobs::{AGREED, IGNORED, KNOBS, Knob, OTHERS};
 
 /// Which transport moves the bytes between ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,8 +8,7 @@
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::io::{Errno, IoSlice};
 use rustix::net::{
@@ -18,9 +17,9 @@ use rustix::net::{
 };
 
 use super::segment::{self, Layout, Nonce, Segment};
-use crate::error::{Error, Result};
-use crate::memory::Memory;
-use crate::transport::{Tag, Transport, Waiter};
+use crate::error::Result;
+use crate::transport::talk::Talk;
+use crate::transport::{Tag, Transport};
 
 /// The channel of the formation's messages: "shm".
 const CHANNEL: u32 = 0x0073_686d;
@@ -28,12 +27,9 @@ const OFFER: Tag = Tag { channel: CHANNEL, sequence: 0 };
 const VOTE: Tag = Tag { channel: CHANNEL, sequence: 1 };
 const VERDICT: Tag = Tag { channel: CHANNEL, sequence: 2 };
 
-/// How long to sleep at most while the socket, which the transport's waiter does not watch, may have something.
-const NAP: Duration = Duration::from_micros(500);
-
 /// The segment, if all ranks can map it.
 pub(super) fn share(transport: &mut dyn Transport, slot_bytes: usize, deadline: Instant) -> Result<Option<Segment>> {
-    let mut talk = Talk { waiter: transport.waiter(), transport, deadline };
+    let mut talk = Talk::new(transport, deadline, "tried to share memory");
     match talk.transport.rank() {
         0 => lead(&mut talk, slot_bytes),
         _ => follow(&mut talk),
@@ -222,54 +218,6 @@ fn receive_file(socket: &OwnedFd) -> rustix::io::Result<OwnedFd> {
         _ => None,
     });
     files.next().and_then(|mut files| files.next()).ok_or(Errno::BADMSG)
-}
-
-/// A transport with patience.
-struct Talk<'a> {
-    transport: &'a mut dyn Transport,
-    waiter: Arc<dyn Waiter>,
-    deadline: Instant,
-}
-
-impl Talk<'_> {
-    fn tell(&mut self, peer: usize, tag: Tag, bytes: &[u8]) -> Result<()> {
-        let request = self.transport.send(peer, tag, Memory::from_vec(bytes.to_vec()))?;
-        while !self.transport.test(request)? {
-            self.check_deadline(peer)?;
-            self.nap()?;
-        }
-        Ok(())
-    }
-
-    fn tell_all(&mut self, tag: Tag, bytes: &[u8]) -> Result<()> {
-        (1..self.transport.size()).try_for_each(|peer| self.tell(peer, tag, bytes))
-    }
-
-    /// Waits for a message, doing `meanwhile` over and over.
-    fn hear(&mut self, peer: usize, tag: Tag, mut meanwhile: impl FnMut()) -> Result<Vec<u8>> {
-        loop {
-            meanwhile();
-            if let Some(bytes) = self.transport.try_recv_any(peer, tag)? {
-                return Ok(bytes);
-            }
-            self.check_deadline(peer)?;
-            self.nap()?;
-        }
-    }
-
-    fn nap(&mut self) -> Result<()> {
-        if !self.transport.progress()? {
-            self.waiter.wait(Some(NAP));
-        }
-        Ok(())
-    }
-
-    fn check_deadline(&self, peer: usize) -> Result<()> {
-        if Instant::now() < self.deadline {
-            return Ok(());
-        }
-        Err(Error::Rendezvous(format!("rank {peer} did not answer in time when the ranks tried to share memory")))
-    }
 }
 
 #[cfg(test)]

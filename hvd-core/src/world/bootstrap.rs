@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use rustix::process::Signal;
 
+use super::agreement::agree;
 use super::{Backend, Inner, ProcessSet, World, affinity};
 use crate::config::{Config, TransportChoice, environment, remarks};
 use crate::engine::timeline::path_on_host;
@@ -37,13 +38,13 @@ pub(super) fn world(config: Config) -> Result<World> {
         return observed(wrap(topology, Backend::Solo, Arc::default(), None, None), &config);
     }
     let mut transport = next_transport(&config, &launch)?;
+    let deadline = Instant::now() + config.start_timeout;
+    agree(&mut *transport, &config, deadline)?;
     let shared = match config.shared_memory && topology.is_single_host() {
-        true => ShmGroup::form(&mut *transport, config.shm_slot_bytes, Instant::now() + config.start_timeout)?,
+        true => ShmGroup::form(&mut *transport, config.shm_slot_bytes, deadline)?,
         false => None,
     };
-    let world = start(transport, shared, topology, &config)?;
-    agree_on_settings(&world, &config)?;
-    observed(world, &config)
+    observed(start(transport, shared, topology, &config)?, &config)
 }
 
 /// A world with the timeline that its settings ask for.
@@ -52,23 +53,6 @@ fn observed(world: World, config: &Config) -> Result<World> {
         world.start_timeline(path, config.timeline_mark_rounds)?;
     }
     Ok(world)
-}
-
-/// Refuses settings that differ between ranks and must not: each rank draws its conclusions from them alone.
-fn agree_on_settings(world: &World, config: &Config) -> Result<()> {
-    let names = ["HVD_CACHE_CAPACITY", "HVD_FUSION_THRESHOLD", "HVD_SEGMENT_BYTES", "HVD_DOUBLING_LIMIT_BYTES"];
-    let Config { cache_capacity, fusion_threshold_bytes, segment_bytes, doubling_limit_bytes, .. } = *config;
-    let own = [cache_capacity, fusion_threshold_bytes, segment_bytes, doubling_limit_bytes].map(|value| value as u64);
-    let all: Vec<[u64; 4]> = world.allgather_object("hvd.settings", &own)?;
-    for (rank, theirs) in all.iter().enumerate() {
-        if let Some(at) = (0..names.len()).find(|&at| theirs[at] != all[0][at]) {
-            let (name, first, other) = (names[at], all[0][at], theirs[at]);
-            return Err(Error::Config(format!(
-                "{name} is {first} on rank 0 and {other} on rank {rank}; give all ranks the same"
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// Has the kernel end this process when `mpirun` is killed, which can no longer do so itself: a rank that does not use MPI

@@ -1,6 +1,7 @@
 //! The public face: a world of ranks and what they do together.
 
 mod affinity;
+mod agreement;
 mod bootstrap;
 mod global;
 mod grouped;
