@@ -77,10 +77,10 @@ impl Incoming {
     }
 
     /// Reads up to about `budget` bytes. Gives whether anything came, and how it ended.
-    pub(super) fn read(&mut self, stream: &TcpStream, inbox: &mut Inbox, budget: usize) -> Result<(bool, End)> {
+    pub(super) fn read(&mut self, mut stream: impl Read, inbox: &mut Inbox, budget: usize) -> Result<(bool, End)> {
         let mut total = 0;
         while total < budget {
-            match self.read_once(stream) {
+            match self.read_once(&mut stream) {
                 Ok(0) => return Ok((total > 0, End::Closed("connection closed without a goodbye".into()))),
                 Ok(count) => total += count,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok((total > 0, End::Drained)),
@@ -125,7 +125,7 @@ impl Incoming {
     }
 
     /// One read: long payloads straight to where they belong, the rest into the staging buffer.
-    fn read_once(&mut self, mut stream: &TcpStream) -> std::io::Result<usize> {
+    fn read_once(&mut self, stream: &mut impl Read) -> std::io::Result<usize> {
         if let State::Payload { target, got, length } = &mut self.state
             && *length - *got >= STAGING_BYTES
         {

@@ -82,7 +82,8 @@ fn reach(identity: Identity, meeting: &Meeting, deadline: Instant) -> Result<Str
             Ok(mut stream) => match prove(identity, meeting, &mut stream, deadline) {
                 Ok(()) => return Ok(stream),
                 Err(error) => {
-                    failed_proofs += 1;
+                    // A connection that is merely lost proves nothing: strangers may crowd the door.
+                    failed_proofs += u32::from(error.kind() == io::ErrorKind::PermissionDenied);
                     error
                 }
             },

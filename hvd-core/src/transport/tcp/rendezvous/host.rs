@@ -6,7 +6,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
-use super::doorman::Doorman;
+use super::doorman::{Doorman, Ticket};
 use super::lifeline::{Guest, Lifeline};
 use super::note::Note;
 use super::proof::{self, Claim, Key, Purpose};
@@ -166,7 +166,7 @@ fn open(identity: Identity, meeting: &Meeting, deadline: Instant) -> Result<Door
                 .and_then(Listener::tcp)
                 .map_err(|error| rendezvous(format!("rank 0 cannot listen on {address}: {error}")))?;
             let key = Key::new(&secret.0);
-            Doorman::new(listener, move |stream, deadline| greet_tcp(stream, &key, deadline))
+            Doorman::new(listener, move |stream, deadline, ticket| greet_tcp(stream, &key, deadline, ticket))
         }
     }
 }
@@ -193,15 +193,16 @@ fn listen_unix(identity: Identity, job: &str, deadline: Instant) -> Result<Liste
     }
 }
 
-fn greet_unix(mut stream: Stream, deadline: Instant) -> io::Result<Caller> {
+fn greet_unix(mut stream: Stream, deadline: Instant, ticket: &Ticket) -> io::Result<Caller> {
     guest::check_user(&stream)?;
+    ticket.settle();
     let hello = receive_hello(&mut stream, deadline)?;
     Ok(Caller { stream, hello })
 }
 
 /// A rank of another generation is let in, too: it is told so.
-fn greet_tcp(mut stream: Stream, key: &Key, deadline: Instant) -> io::Result<Caller> {
-    let welcome = |claim: &Claim| claim.purpose == Purpose::Meeting && claim.callee == 0;
+fn greet_tcp(mut stream: Stream, key: &Key, deadline: Instant, ticket: &Ticket) -> io::Result<Caller> {
+    let welcome = |claim: &Claim| claim.purpose == Purpose::Meeting && claim.callee == 0 && ticket.settle();
     let claim = proof::as_callee(&mut stream, key, welcome, deadline)?;
     let hello = receive_hello(&mut stream, deadline)?;
     match hello {

@@ -3,11 +3,11 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::doorman::{Doorbell, Doorman};
+use super::doorman::{Doorbell, Doorman, Ticket};
 use super::lifeline::Lifeline;
 use super::proof::{self, Claim, Key, Purpose};
 use super::stream::{Listener, Stream};
@@ -15,11 +15,14 @@ use super::{Identity, Roster, guest, rendezvous};
 use crate::error::{Error, Result};
 use crate::transport::tcp::heartbeat::neighbours;
 
-/// How often a call is tried before it counts as failed.
+/// How often a call may be refused before it counts as failed.
 const ATTEMPTS: u32 = 5;
 
 /// How long one proof may take.
 const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Calls at a time: a rank that does not answer must not keep this one from the others.
+const CALLERS: usize = 16;
 
 /// A connection to a rank and what it is for, or why there is none.
 type Connected = Result<(Purpose, usize, TcpStream)>;
@@ -67,7 +70,8 @@ pub(super) fn build(
 ) -> Result<Connections> {
     let listener = Listener::tcp(listener).map_err(|error| Error::io("preparing a listener", error))?;
     let key = roster.key.clone();
-    let doorman = Doorman::new(listener, move |stream, deadline| greet(identity, stream, &key, deadline))?;
+    let doorman =
+        Doorman::new(listener, move |stream, deadline, ticket| greet(identity, stream, &key, deadline, ticket))?;
     let given_up = Arc::new(AtomicBool::new(false));
     start_caller(identity, roster, doorman.bell(), given_up.clone(), deadline)?;
     let connections = connect_all(identity, &doorman, lifeline, deadline).and_then(|connections| {
@@ -103,8 +107,15 @@ fn connect_all(
 }
 
 /// Has a higher rank prove that it is one.
-fn greet(identity: Identity, mut stream: Stream, key: &Key, deadline: Instant) -> io::Result<Connected> {
-    let claim = proof::as_callee(&mut stream, key, |claim| is_welcome(identity, claim), deadline)?;
+fn greet(
+    identity: Identity,
+    mut stream: Stream,
+    key: &Key,
+    deadline: Instant,
+    ticket: &Ticket,
+) -> io::Result<Connected> {
+    let welcome = |claim: &Claim| is_welcome(identity, claim) && ticket.settle();
+    let claim = proof::as_callee(&mut stream, key, welcome, deadline)?;
     match stream {
         Stream::Tcp(stream) => Ok(Ok((claim.purpose, claim.caller as usize, stream))),
         Stream::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
@@ -123,7 +134,7 @@ fn is_welcome(identity: Identity, claim: &Claim) -> bool {
     purpose && claim.generation == generation && claim.callee as usize == rank && (rank + 1..size).contains(&caller)
 }
 
-/// Calls all lower ranks, on a thread of its own.
+/// Calls all lower ranks, on threads of their own.
 fn start_caller(
     identity: Identity,
     roster: &Roster,
@@ -131,23 +142,27 @@ fn start_caller(
     given_up: Arc<AtomicBool>,
     deadline: Instant,
 ) -> Result<()> {
-    let addresses = roster.addresses[..identity.rank].to_vec();
-    let key = roster.key.clone();
-    let run = move || {
-        let mesh = (0..addresses.len()).map(|peer| (Purpose::Mesh, peer));
-        let beats = neighbours(identity.rank, identity.size).into_iter().map(|peer| (Purpose::Heartbeat, peer));
-        for (purpose, peer) in mesh.chain(beats.filter(|(_, peer)| *peer < identity.rank)) {
-            if given_up.load(Ordering::Acquire) {
-                return;
+    let mesh = (0..identity.rank).map(|peer| (Purpose::Mesh, peer));
+    let beats = neighbours(identity.rank, identity.size).into_iter().map(|peer| (Purpose::Heartbeat, peer));
+    let calls = mesh.chain(beats.filter(|(_, peer)| *peer < identity.rank));
+    let calls: Vec<_> = calls.map(|(purpose, peer)| (purpose, peer, roster.addresses[peer])).collect();
+    let (callers, calls) = (calls.len().min(CALLERS), Arc::new(Mutex::new(calls.into_iter())));
+    for _ in 0..callers {
+        let (calls, key, bell, given_up) = (calls.clone(), roster.key.clone(), bell.clone(), given_up.clone());
+        let next = move || calls.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let run = move || {
+            while let Some((purpose, peer, address)) = next().filter(|_| !given_up.load(Ordering::Acquire)) {
+                bell.send(call(identity, purpose, peer, &address, &key, deadline));
             }
-            bell.send(call(identity, purpose, peer, &addresses[peer], &key, deadline));
-        }
-    };
-    let thread = std::thread::Builder::new().name("hvd-connect".into()).spawn(run);
-    thread.map(drop).map_err(|error| Error::io("starting a thread", error))
+        };
+        let thread = std::thread::Builder::new().name("hvd-connect".into()).spawn(run);
+        thread.map_err(|error| Error::io("starting a thread", error))?;
+    }
+    Ok(())
 }
 
-/// Calls one rank. It listens already, so a failure is a real one, but for a passing shortage.
+/// Calls one rank. It listens already, so a refusal is a real one, but for a passing shortage; a connection that is lost
+/// may be tried again: strangers may crowd its door.
 fn call(
     identity: Identity,
     purpose: Purpose,
@@ -158,23 +173,28 @@ fn call(
 ) -> Connected {
     let Identity { rank, generation, .. } = identity;
     let claim = Claim { purpose, generation, caller: rank as u32, callee: peer as u32 };
-    let mut attempt = 0;
+    let mut refusals = 0;
     loop {
-        attempt += 1;
         let proved = guest::connect_tcp(address, deadline).and_then(|mut stream| {
             proof::as_caller(&mut stream, key, claim, deadline.min(Instant::now() + PROOF_TIMEOUT))?;
             Ok(stream)
         });
         match proved {
             Ok(Stream::Tcp(stream)) => return Ok((purpose, peer, stream)),
-            Err(error) if attempt >= ATTEMPTS || Instant::now() >= deadline => {
+            Err(error) if refusals >= ATTEMPTS || Instant::now() >= deadline => {
                 return Err(rendezvous(format!(
                     "rank {} cannot connect to rank {peer} at {address}: {error}; ranks on several hosts need HVD_BIND \
                      (an address that the other hosts reach)",
                     identity.rank
                 )));
             }
-            _ => std::thread::sleep(Duration::from_millis(20)),
+            Err(error) => {
+                let refused =
+                    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::PermissionDenied);
+                refusals += u32::from(refused);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(Stream::Unix(_)) => return Err(rendezvous("a Unix socket in the mesh")),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! callee → caller   magic, nonce of the callee
 //! caller → callee   claim (purpose, generation, both ranks), nonce of the caller, HMAC-SHA256 as caller
-//! callee → caller   HMAC-SHA256 as callee
+//! callee → caller   HMAC-SHA256 as callee, or zeros for a caller that does not know the key
 //! ```
 //!
 //! Both codes cover the claim and both nonces, so nothing that was heard before helps; they differ by the role, so
@@ -145,9 +145,11 @@ pub(super) fn as_callee(
     stream.read_exact_by(&mut answer, deadline)?;
     let claim = array::<CLAIM_BYTES>(&answer[..CLAIM_BYTES]);
     let theirs = array(&answer[CLAIM_BYTES..CLAIM_BYTES + 32]);
-    key.code(Role::Caller, &claim, &ours, &theirs)
-        .verify_slice(&answer[CLAIM_BYTES + 32..])
-        .map_err(|_| refusal("the caller does not know the secret"))?;
+    let proved = key.code(Role::Caller, &claim, &ours, &theirs).verify_slice(&answer[CLAIM_BYTES + 32..]);
+    if proved.is_err() {
+        stream.write_all_by(&[0; 32], deadline)?;
+        return Err(refusal("the caller does not know the secret"));
+    }
     let code = key.code(Role::Callee, &claim, &ours, &theirs).finalize().into_bytes();
     let claim = Claim::decode(&claim).filter(welcome).ok_or_else(|| refusal("the caller wants something else"))?;
     stream.write_all_by(&code, deadline)?;
