@@ -1,4 +1,4 @@
-//! Gives the build a name, so that ranks of different builds can refuse each other: `HVD_BUILD`, a digest of the sources.
+//! Gives the build a name, so that ranks of different builds can refuse each other: `BUILD_DIGEST`, a digest of the sources.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ fn main() {
         let name = file.to_string_lossy();
         text.iter().chain(name.as_bytes()).fold(hash, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(FNV_PRIME))
     });
-    println!("cargo::rustc-env=HVD_BUILD={}-{digest:016x}", std::env!("CARGO_PKG_VERSION"));
+    println!("cargo::rustc-env=BUILD_DIGEST={}-{digest:016x}", std::env!("CARGO_PKG_VERSION"));
 }
 
 /// FNV-1a with 64 bits.

@@ -27,6 +27,9 @@ pub mod world;
 
 pub mod capability;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
+
 pub use capability::{Capability, capabilities};
 pub use device::Device;
 pub use dtype::{DType, Element};

@@ -8,6 +8,8 @@ mod drive;
 mod exchange;
 mod execute;
 mod fusion;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod message;
 mod negotiation;
 pub mod observe;

@@ -6,6 +6,9 @@ use super::{MAX_MESSAGE_BYTES, Request, Tag};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 
+/// What it costs to keep a message beside its bytes, or somewhat more: messages of no bytes count as well.
+pub(crate) const KEEPING_BYTES: usize = 64;
+
 /// A receive that waits for its message.
 pub(crate) struct Posted {
     pub(crate) request: Request,
@@ -19,7 +22,7 @@ pub(crate) struct Matching {
     arrived: HashMap<(usize, Tag), VecDeque<Vec<u8>>>,
     /// Per peer: number of receives in `posted`.
     waiting: Vec<usize>,
-    /// Per peer: bytes in `arrived`.
+    /// Per peer: bytes in `arrived`, and what it costs to keep them.
     arrived_bytes: Vec<usize>,
 }
 
@@ -54,7 +57,7 @@ impl Matching {
 
     /// Keeps a message that nobody waits for yet.
     pub(crate) fn keep(&mut self, peer: usize, tag: Tag, bytes: Vec<u8>) {
-        self.arrived_bytes[peer] += bytes.len();
+        self.arrived_bytes[peer] += bytes.len() + KEEPING_BYTES;
         self.arrived.entry((peer, tag)).or_default().push_back(bytes);
     }
 
@@ -86,7 +89,7 @@ impl Matching {
         self.waiting[peer] > 0
     }
 
-    /// Bytes of this peer that are kept.
+    /// Bytes of this peer that are kept, and what it costs to keep them.
     pub(crate) fn arrived_bytes(&self, peer: usize) -> usize {
         self.arrived_bytes[peer]
     }
@@ -98,7 +101,7 @@ impl Matching {
 
     fn take_arrived(&mut self, peer: usize, tag: Tag) -> Option<Vec<u8>> {
         let bytes = pop(&mut self.arrived, (peer, tag))?;
-        self.arrived_bytes[peer] -= bytes.len();
+        self.arrived_bytes[peer] -= bytes.len() + KEEPING_BYTES;
         Some(bytes)
     }
 }

@@ -14,7 +14,7 @@ const FACTS: Tag = Tag { channel: CHANNEL, sequence: 0 };
 const VERDICT: Tag = Tag { channel: CHANNEL, sequence: 1 };
 
 /// Tells builds apart: a digest of this crate's sources.
-const BUILD: &str = env!("HVD_BUILD");
+const BUILD: &str = env!("BUILD_DIGEST");
 
 /// What a rank goes by: names and values. This form never changes, as it is what builds tell each other.
 type Facts = Vec<(String, String)>;
@@ -98,7 +98,9 @@ mod tests {
         let run = |mut transport: ThreadTransport| {
             let own = facts(if transport.rank() == 2 { other } else { usual });
             let deadline = Instant::now() + Duration::from_secs(60);
-            agree_on(&mut transport, own, deadline).err().map(|error| error.to_string())
+            let refused = agree_on(&mut transport, own, deadline).err().map(|error| error.to_string());
+            Talk::new(&mut transport, deadline, "part").part();
+            refused
         };
         std::thread::scope(|scope| {
             let ranks = ThreadTransport::world(3).into_iter().map(|rank| scope.spawn(move || run(rank)));

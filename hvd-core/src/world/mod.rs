@@ -6,7 +6,7 @@ mod bootstrap;
 mod global;
 mod grouped;
 mod handles;
-mod objects;
+pub(crate) mod objects;
 mod operations;
 mod process_set;
 mod shared;

@@ -58,7 +58,11 @@ fn encode<T: Serialize>(name: &str, value: &T) -> Result<Vec<u8>> {
     postcard::to_stdvec(value).map_err(|error| Error::Invalid(format!("`{name}` cannot be encoded: {error}")))
 }
 
-fn decode<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Result<T> {
+/// Reads a value that a peer has encoded.
+///
+/// # Errors
+/// [`Error::Invalid`] for bytes that are no such value.
+pub fn decode<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Result<T> {
     postcard::from_bytes(bytes).map_err(|error| {
         let hint = "do all ranks use the same type and the same build?";
         Error::Invalid(format!("`{name}` cannot be decoded: {error}; {hint}"))

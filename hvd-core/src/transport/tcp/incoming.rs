@@ -1,12 +1,11 @@
 //! Reading frames off a connection, without blocking and with as few copies as can be.
 
 use std::io::{ErrorKind, Read};
-use std::net::TcpStream;
 
 use super::frame::{HEADER_BYTES, Header, Kind};
 use crate::error::{Error, Result};
 use crate::transport::Tag;
-use crate::transport::matching::{Matching, Posted, check_length};
+use crate::transport::matching::{KEEPING_BYTES, Matching, Posted, check_length};
 use crate::transport::requests::Requests;
 
 /// Size of the buffer through which headers and short payloads are read, in bytes.
@@ -206,7 +205,8 @@ impl Incoming {
             return Ok(Target::Posted(posted));
         }
         let kept = inbox.matching.arrived_bytes(self.peer) as u64;
-        if kept.saturating_add(header.length) > inbox.unexpected_limit_bytes as u64 {
+        if kept.saturating_add(header.length).saturating_add(KEEPING_BYTES as u64) > inbox.unexpected_limit_bytes as u64
+        {
             return Err(self.violation(format!(
                 "a message of {} bytes that nobody waits for, with {kept} bytes kept already, exceeds the limit of {} \
                  (TcpOptions::unexpected_limit_bytes)",
@@ -287,7 +287,7 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     use super::*;
     use crate::memory::Memory;
@@ -341,6 +341,18 @@ mod tests {
         ] {
             assert!(matches!(feed(&bytes, &mut inbox()), Err(Error::Protocol { .. })), "{bytes:?}");
         }
+    }
+
+    #[test]
+    fn messages_of_no_bytes_are_not_kept_without_end() {
+        let mut inbox = inbox();
+        let endless = frame(Kind::Data, 0).repeat((1 << 20) / KEEPING_BYTES + 1);
+        let (mut incoming, near, mut far) = connection();
+        let sender = std::thread::spawn(move || drop(far.write_all(&endless)));
+        let refused = incoming.read(&near, &mut inbox, usize::MAX);
+        assert!(matches!(refused, Err(Error::Protocol { .. })), "{refused:?}");
+        drop(near);
+        sender.join().unwrap();
     }
 
     #[test]

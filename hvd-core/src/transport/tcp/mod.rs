@@ -8,6 +8,8 @@
 
 mod bell;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod heartbeat;
 mod incoming;
 mod link;

@@ -150,7 +150,7 @@ fn unreachable_host(meeting: &Meeting, proof_failed: bool, error: &io::Error) ->
         ),
         (Meeting::Tcp { address, .. }, false) => format!(
             "cannot reach rank 0 at {address} ({error}); check that it was started, that the address is right \
-             (HVD_RENDEZVOUS) and that no firewall is between"
+             (HVD_RENDEZVOUS), that nothing else listens there and that no firewall is between"
         ),
         (Meeting::Unix { job }, _) => format!(
             "cannot reach rank 0 of the job `{job}` on this host ({error}); check that it was started here with the \

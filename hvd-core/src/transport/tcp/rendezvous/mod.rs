@@ -12,6 +12,8 @@
 //! with the cause. Connections of strangers are dropped; they cost a thread for a few seconds.
 
 mod doorman;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod guest;
 mod host;
 mod lifeline;

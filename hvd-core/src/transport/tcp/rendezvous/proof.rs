@@ -19,7 +19,7 @@ use sha2::Sha256;
 use super::random_bytes;
 use super::stream::Stream;
 
-const MAGIC: [u8; 8] = *b"HVDauth1";
+pub(super) const MAGIC: [u8; 8] = *b"HVDauth1";
 const CLAIM_BYTES: usize = 20;
 
 /// A key for proofs. Not shown by `Debug`.
