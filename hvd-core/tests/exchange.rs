@@ -12,11 +12,12 @@ use elements::*;
 use hvd_core::collective::*;
 use hvd_core::shm::{Part, ShmAllreduce, ShmAlltoall, ShmReducescatter};
 use hvd_core::transport::Transport;
+use hvd_core::transport::tcp::{Meeting, TcpOptions, TcpTransport};
 use hvd_core::transport::thread::Delays;
 use hvd_core::{DType, Error, Memory, ReduceOp};
 use proptest::prelude::*;
 use shm_support::in_group;
-use support::{bytes, memory, watched};
+use support::{bytes, close, connect_all, fresh_job, identity, memory, on_each, watched};
 use turns::{Operation, PATIENCE, TAG, delays, run_all, uneven, world};
 
 /// Delays for about half of the cases.
@@ -425,5 +426,41 @@ fn descriptions_that_do_not_fit_are_refused() {
         assert!(!scatter(10, 40, DType::I32));
         let splits = Splits::new(&[vec![3]]).unwrap();
         assert!(ShmAlltoall::new(member.group.clone(), &splits, Memory::zeroed(3), Memory::zeroed(4)).is_err());
+    });
+}
+
+/// Blocks that fill the sockets' buffers both ways, in the world as users have it.
+#[test]
+fn large_blocks_through_the_engine() {
+    watched(|| {
+        for rank in hvd_core::World::threads(3, |world| {
+            let splits: Vec<_> = (0..3).map(|to| 300_000 * ((world.rank() + to) % 3)).collect();
+            let data = vec![world.rank() as i64; splits.iter().sum()];
+            let (blocks, rows) = world.alltoall("large", &data, Some(&splits)).unwrap();
+            let expected: Vec<_> = (0..3).map(|from| 300_000 * ((world.rank() + from) % 3)).collect();
+            let sources = (0..3).flat_map(|from| vec![from as i64; expected[from]]).collect::<Vec<_>>();
+            world.shutdown().unwrap();
+            rows == expected && blocks == sources
+        }) {
+            assert!(rank);
+        }
+    });
+}
+
+#[test]
+fn large_blocks_over_tcp() {
+    watched(|| {
+        let blocks = Blocks { rows: vec![vec![5, 3_000_001], vec![2_100_000, 9]], seed: 3 };
+        let meeting = Meeting::Unix { job: fresh_job() };
+        let ranks =
+            connect_all(2, |rank| TcpTransport::connect(identity(rank, 2), &meeting, &TcpOptions::default()).unwrap());
+        on_each(ranks, |mut transport| {
+            let (rank, splits) = (transport.rank(), blocks.splits());
+            let (input, output) = (memory(&blocks.input(rank)), Memory::zeroed(blocks.output(rank).len()));
+            let alltoall = PairwiseAlltoall::new(rank, &splits, input, output.clone(), TAG, 256 << 10);
+            run(&mut alltoall.unwrap(), &mut *transport).unwrap();
+            assert!(bytes(&output) == blocks.output(rank), "rank {rank}");
+            close(transport);
+        });
     });
 }
