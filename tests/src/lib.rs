@@ -3,6 +3,7 @@
 //! Tests here run what users run: the built binaries, under `mpirun` or started one by one.
 #![deny(missing_docs)]
 
+pub mod conformance;
 mod hosts;
 mod job;
 mod launcher;

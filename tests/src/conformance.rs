@@ -1,0 +1,283 @@
+//! Random operations, the same on all ranks, checked against a plain computation.
+
+use anyhow::{Context, Result, ensure};
+use half::{bf16, f16};
+use hvd_core::collective::even_chunks;
+use hvd_core::{Allreduce, Compression, Element, ReduceOp, World};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Runs `cases` random cases. Seed and number must be the same on all ranks.
+///
+/// # Errors
+/// The first operation that fails, or whose result is not as it should be.
+pub fn run(world: &World, seed: u64, cases: usize) -> Result<()> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    for case in 0..cases {
+        // Mostly small, sometimes none, now and then larger than any staging area.
+        let elements = match random.random_range(0..10) {
+            0 => random.random_range(0..3),
+            1 => random.random_range(100_000..700_000),
+            _ => random.random_range(0..20_000),
+        };
+        let op = [ReduceOp::Sum, ReduceOp::Average, ReduceOp::Min, ReduceOp::Max, ReduceOp::Product];
+        let op = op[random.random_range(0..op.len())];
+        let compression = [Compression::None, Compression::Fp16, Compression::Bf16][random.random_range(0..3)];
+        let options = Allreduce::new(op).compression(compression);
+        let run = Case { world, name: format!("case {case}"), elements, options, seed: random.random() };
+        match random.random_range(0..10) {
+            0 => run.check::<f16>()?,
+            1 => run.check::<bf16>()?,
+            2 => run.check::<f64>()?,
+            3 => run.check::<i32>()?,
+            4 => run.check::<i64>()?,
+            5 => run.check::<u8>()?,
+            6 => run.check::<i8>()?,
+            7 => run.check::<i16>()?,
+            8 => run.check::<bool>()?,
+            _ => run.check::<f32>()?,
+        }
+    }
+    Ok(())
+}
+
+/// Elements as the reference sees them.
+trait Number: Element {
+    fn from_small(value: i32) -> Self;
+    fn as_f64(self) -> f64;
+    /// Relative error of one rounding on the wire.
+    fn epsilon(compression: Compression) -> f64;
+}
+
+macro_rules! numbers {
+    ($($type:ty, $from:expr, $as:expr, $epsilon:expr);* $(;)?) => {$(
+        impl Number for $type {
+            fn from_small(value: i32) -> Self { ($from)(value) }
+            fn as_f64(self) -> f64 { ($as)(self) }
+            fn epsilon(compression: Compression) -> f64 { ($epsilon)(compression) }
+        }
+    )*};
+}
+
+const F16_EPSILON: f64 = 1.0 / 1024.0;
+const BF16_EPSILON: f64 = 1.0 / 128.0;
+
+fn compressed(compression: Compression, own: f64) -> f64 {
+    match compression {
+        Compression::None => own,
+        Compression::Fp16 => F16_EPSILON,
+        Compression::Bf16 => BF16_EPSILON,
+    }
+}
+
+fn exact(_: Compression) -> f64 {
+    0.0
+}
+
+numbers! {
+    f16, |v| f16::from_f32(v as f32 / 8.0), f16::to_f64, |_| F16_EPSILON;
+    bf16, |v| bf16::from_f32(v as f32 / 8.0), bf16::to_f64, |_| BF16_EPSILON;
+    f32, |v| v as f32 / 7.0, f64::from, |c| compressed(c, f64::from(f32::EPSILON));
+    f64, |v| f64::from(v) / 7.0, |x| x, |c| compressed(c, f64::EPSILON);
+    i32, |v| v, f64::from, exact;
+    i64, i64::from, |x| x as f64, exact;
+    u8, |v: i32| v.unsigned_abs() as u8, f64::from, exact;
+    i8, |v| v as i8, f64::from, exact;
+    i16, |v| v as i16, f64::from, exact;
+    bool, |v| v > 0, |x| if x { 1.0 } else { 0.0 }, exact;
+}
+
+struct Case<'a> {
+    world: &'a World,
+    name: String,
+    elements: usize,
+    options: Allreduce,
+    seed: u64,
+}
+
+impl Case<'_> {
+    fn check<T: Number>(&self) -> Result<()> {
+        if self.options.op.supports(T::DTYPE) {
+            let reductions = self.allreduce::<T>().and_then(|()| self.reducescatter::<T>());
+            reductions.with_context(|| format!("{} {} {:?}", self.name, T::DTYPE, self.options))?;
+        }
+        if ReduceOp::Adasum.supports(T::DTYPE) {
+            self.adasum::<T>().with_context(|| format!("{} {}", self.name, T::DTYPE))?;
+        }
+        self.movement::<T>().with_context(|| format!("{} {}", self.name, T::DTYPE))
+    }
+
+    /// Small values, so that no sum leaves the range of an 8-bit integer with 8 ranks.
+    fn tensor<T: Number>(&self, rank: usize, elements: usize) -> Vec<T> {
+        let mut random = ChaCha8Rng::seed_from_u64(self.seed ^ rank as u64);
+        (0..elements).map(|_| T::from_small(random.random_range(-7..=7))).collect()
+    }
+
+    /// What every rank has.
+    fn tensors<T: Number>(&self) -> Vec<Vec<T>> {
+        (0..self.world.size()).map(|rank| self.tensor(rank, self.elements)).collect()
+    }
+
+    /// A name for one more operation of this case.
+    fn name(&self, what: &str) -> String {
+        format!("{} {what}", self.name)
+    }
+
+    fn allreduce<T: Number>(&self) -> Result<()> {
+        let Case { world, elements, options, .. } = self;
+        let mut data = self.tensor::<T>(world.rank(), *elements);
+        let own = data.clone();
+        let pending = world.allreduce_async(&self.name("beside"), own.clone(), *options)?;
+        world.allreduce(&self.name, &mut data, *options)?;
+        ensure!(pending.wait()? == data, "the same operation beside gave other bits");
+        let (mut whole, mut part) = (own.clone(), own);
+        part.truncate(elements / 3);
+        world.grouped_allreduce(&self.name("group"), &mut [&mut part, &mut whole], *options)?;
+        ensure!(whole == data, "the same operation in a group gave other bits");
+        self.check_reduced(&data, &self.tensors(), 0)?;
+        self.check_same_bits(&data)
+    }
+
+    /// `got` are the reduced elements from `start` on.
+    fn check_reduced<T: Number>(&self, got: &[T], all: &[Vec<T>], start: usize) -> Result<()> {
+        // Every hop may round a partial result once.
+        let tolerance = T::epsilon(self.options.compression) * (self.world.size() + 2) as f64;
+        for (&got, at) in got.iter().zip(start..) {
+            let column: Vec<f64> = all.iter().map(|rank| rank[at].as_f64()).collect();
+            let (expected, magnitude) = reference(self.options.op, &column, T::DTYPE.is_float());
+            let error = (got.as_f64() - expected).abs();
+            ensure!(error <= tolerance * magnitude, "element {at}: got {got:?}, expected {expected} of {column:?}");
+        }
+        Ok(())
+    }
+
+    fn check_same_bits<T: Number>(&self, data: &[T]) -> Result<()> {
+        let digest = digest(data);
+        let digests = self.world.allgather(&self.name("digest"), &[digest])?;
+        ensure!(digests.iter().all(|&other| other == digest), "ranks hold different bits: {digests:?}");
+        Ok(())
+    }
+
+    fn reducescatter<T: Number>(&self) -> Result<()> {
+        let Case { world, elements, options, .. } = self;
+        let own = self.tensor::<T>(world.rank(), *elements);
+        let share = even_chunks(*elements, world.size())[world.rank()].clone();
+        let got = world.reducescatter(&self.name("scatter"), &own, *options)?;
+        ensure!(got.len() == share.len(), "{} elements of a share {share:?}", got.len());
+        let grouped = world.grouped_reducescatter(&self.name("scatters"), &[&own[..elements / 3], &own], *options)?;
+        ensure!(grouped[1] == got, "the same operation in a group gave other bits");
+        self.check_reduced(&got, &self.tensors(), share.start)
+    }
+
+    fn adasum<T: Number>(&self) -> Result<()> {
+        let Case { world, options: Allreduce { compression, .. }, .. } = self;
+        let elements = self.elements.min(20_000);
+        let all: Vec<Vec<T>> = (0..world.size()).map(|rank| self.tensor(rank, elements)).collect();
+        let mut got = all[world.rank()].clone();
+        world.allreduce(&self.name("adasum"), &mut got, Allreduce::new(ReduceOp::Adasum).compression(*compression))?;
+        let numbers = |data: &Vec<T>| data.iter().map(|x| x.as_f64()).collect::<Vec<_>>();
+        let all: Vec<_> = all.iter().map(numbers).collect();
+        let lengths: f64 = all.iter().map(|vector| dot(vector, vector).sqrt()).sum();
+        let difference: Vec<_> = adasum(all).iter().zip(numbers(&got)).map(|(want, got)| want - got).collect();
+        let levels = f64::from(world.size().ilog2() + 2);
+        let (error, bound) = (dot(&difference, &difference).sqrt(), 4.0 * levels * T::epsilon(*compression) * lengths);
+        ensure!(error <= bound, "Adasum of {elements} elements is off by {error}, bound {bound}");
+        self.check_same_bits(&got)
+    }
+
+    fn movement<T: Number>(&self) -> Result<()> {
+        let Case { world, elements, .. } = self;
+        let root = self.seed as usize % world.size();
+        let mut data = self.tensor::<T>(world.rank(), *elements);
+        world.broadcast(&self.name("broadcast"), &mut data, root)?;
+        ensure!(data == self.tensor::<T>(root, *elements), "a wrong broadcast");
+        let rows = |rank: usize| elements * (rank % 3) / 4;
+        let own = self.tensor::<T>(world.rank(), rows(world.rank()));
+        let expected: Vec<T> = (0..world.size()).flat_map(|rank| self.tensor(rank, rows(rank))).collect();
+        let gathered = world.allgather(&self.name("gather"), &own)?;
+        ensure!(gathered == expected, "a wrong allgather");
+        let grouped = world.grouped_allgather(&self.name("gathers"), &[&own, &[]])?;
+        ensure!(grouped == [expected, Vec::new()], "a wrong grouped allgather");
+        self.alltoall::<T>()
+    }
+
+    fn alltoall<T: Number>(&self) -> Result<()> {
+        let Case { world, elements, .. } = self;
+        let (rank, size) = (world.rank(), world.size());
+        let block = |from: usize, to: usize, len| self.tensor::<T>(64 + from * size + to, len);
+        let uneven = |from: usize, to: usize| elements * ((3 * from + 5 * to + self.seed as usize) % 4) / 8;
+        let splits: Vec<_> = (0..size).map(|to| uneven(rank, to)).collect();
+        let data: Vec<_> = (0..size).flat_map(|to| block(rank, to, splits[to])).collect();
+        let (got, lengths) = world.alltoall(&self.name("blocks"), &data, Some(&splits))?;
+        let expected: Vec<_> = (0..size).flat_map(|from| block(from, rank, uneven(from, rank))).collect();
+        ensure!(got == expected, "a wrong alltoall");
+        ensure!(lengths == (0..size).map(|from| uneven(from, rank)).collect::<Vec<_>>(), "wrong lengths {lengths:?}");
+
+        let equal = elements / size;
+        let data: Vec<_> = (0..size).flat_map(|to| block(rank, to, equal)).collect();
+        let (got, _) = world.alltoall(&self.name("equal blocks"), &data, None)?;
+        let expected: Vec<_> = (0..size).flat_map(|from| block(from, rank, equal)).collect();
+        ensure!(got == expected, "a wrong alltoall of equal blocks");
+        Ok(())
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// Adasum of two vectors, from its definition.
+fn adasum_of_two(a: &[f64], b: &[f64]) -> Vec<f64> {
+    let factor = |square: f64| if square == 0.0 { 1.0 } else { 1.0 - dot(a, b) / (2.0 * square) };
+    let (for_a, for_b) = (factor(dot(a, a)), factor(dot(b, b)));
+    a.iter().zip(b).map(|(a, b)| for_a * a + for_b * b).collect()
+}
+
+/// Adasum of any number: those beyond a power of two are folded in, then neighbours are combined until one is left.
+fn adasum(mut vectors: Vec<Vec<f64>>) -> Vec<f64> {
+    let core = 1 << vectors.len().ilog2();
+    for (rank, extra) in vectors.split_off(core).iter().enumerate() {
+        vectors[rank] = adasum_of_two(&vectors[rank], extra);
+    }
+    while vectors.len() > 1 {
+        vectors = vectors.chunks(2).map(|two| adasum_of_two(&two[0], &two[1])).collect();
+    }
+    vectors.remove(0)
+}
+
+/// The result in f64, and the magnitude on which rounding errors act.
+fn reference(op: ReduceOp, column: &[f64], is_float: bool) -> (f64, f64) {
+    let ranks = column.len() as f64;
+    let magnitude: f64 = column.iter().map(|x| x.abs()).sum();
+    match op {
+        ReduceOp::Sum => (column.iter().sum(), magnitude),
+        ReduceOp::Average => {
+            let mean = column.iter().sum::<f64>() / ranks;
+            (if is_float { mean } else { mean.floor() }, magnitude)
+        }
+        ReduceOp::Min => column.iter().copied().fold(f64::INFINITY, f64::min).into_pair(magnitude),
+        ReduceOp::Max => column.iter().copied().fold(f64::NEG_INFINITY, f64::max).into_pair(magnitude),
+        ReduceOp::Adasum => unreachable!("not element by element"),
+        ReduceOp::Product => {
+            let product: f64 = column.iter().product();
+            // A product of roundings; denormal 16-bit results are exact to their absolute step.
+            (product, product.abs() * ranks + 1e-3)
+        }
+    }
+}
+
+trait IntoPair {
+    fn into_pair(self, magnitude: f64) -> (f64, f64);
+}
+
+impl IntoPair for f64 {
+    fn into_pair(self, magnitude: f64) -> (f64, f64) {
+        (self, magnitude)
+    }
+}
+
+/// FNV-1a over the elements' exact values.
+fn digest<T: Number>(data: &[T]) -> i64 {
+    let step = |hash: u64, x: &T| (hash ^ x.as_f64().to_bits()).wrapping_mul(0x0100_0000_01b3);
+    data.iter().fold(0xcbf2_9ce4_8422_2325, step) as i64
+}
