@@ -42,6 +42,6 @@ pub use reduce::ReduceOp;
 pub use topology::Topology;
 pub use wire::Compression;
 pub use world::{
-    Backend, GroupVecHandle, ProcessSet, SharedBuffer, SharedHandle, VecHandle, World, cross_rank, cross_size, init,
-    init_with, is_initialised, local_rank, local_size, rank, shutdown, size, world,
+    Backend, GroupVecHandle, JoinHandle, ProcessSet, SharedBuffer, SharedHandle, VecHandle, World, cross_rank,
+    cross_size, init, init_with, is_initialised, local_rank, local_size, rank, shutdown, size, world,
 };

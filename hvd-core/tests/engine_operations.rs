@@ -1,43 +1,11 @@
 //! The operations of the engine, on ranks that are threads: what each gives for any world size, and in groups.
 
-use hvd_core::config::Config;
-use hvd_core::{Allreduce, Compression, Error, ReduceOp, World};
+#[path = "support/ranks.rs"]
+mod ranks;
+
+use hvd_core::{Allreduce, Compression, Error, ReduceOp};
 use proptest::prelude::*;
-
-type Outcome<T> = Result<T, Error>;
-
-/// Runs a closure on every rank and fails on the first error of any.
-fn on_ranks<R: Send>(size: usize, rank: impl Fn(&World) -> Outcome<R> + Sync) -> Vec<R> {
-    let run = |world: World| {
-        let result = rank(&world)?;
-        world.shutdown()?;
-        Ok::<R, Error>(result)
-    };
-    World::threads_with(size, &Config::default(), run)
-        .into_iter()
-        .map(|result| result.expect("a rank failed"))
-        .collect()
-}
-
-/// A value that differs by rank and element, small enough for every sum to be exact.
-fn value(rank: usize, element: usize) -> f64 {
-    ((rank * 31 + element * 7) % 23) as f64 - 11.0
-}
-
-fn tensor(rank: usize, elements: usize) -> Vec<f64> {
-    (0..elements).map(|element| value(rank, element)).collect()
-}
-
-fn sum(size: usize, elements: usize) -> Vec<f64> {
-    (0..elements).map(|element| (0..size).map(|rank| value(rank, element)).sum()).collect()
-}
-
-/// A rank's share of rows, of which the first ranks get one more.
-fn share<T: Clone>(all: &[T], rank: usize, size: usize) -> Vec<T> {
-    let (each, longer) = (all.len() / size, all.len() % size);
-    let start = rank * each + rank.min(longer);
-    all[start..start + each + usize::from(rank < longer)].to_vec()
-}
+use ranks::{on_ranks, share, sum, tensor, value};
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]

@@ -50,6 +50,21 @@ impl ResponseCache {
         self.slots.get(slot)?.as_ref().map(|slot| &slot.agreement)
     }
 
+    /// The slots of agreements that do not depend on each rank's rows.
+    pub fn slots_without_rows(&self) -> impl Iterator<Item = usize> + '_ {
+        let rowless = |slot: &Option<Slot>| slot.as_ref().is_some_and(|slot| slot.agreement.first_dims.is_empty());
+        (0..self.slots.len()).filter(move |&at| rowless(&self.slots[at]))
+    }
+
+    /// The names of agreements that depend on each rank's rows, in an order that is the same on all ranks.
+    pub fn names_with_rows(&self) -> Vec<String> {
+        let agreements = self.slots.iter().flatten().map(|slot| &slot.agreement);
+        agreements
+            .filter(|agreement| !agreement.first_dims.is_empty())
+            .map(|agreement| agreement.name.clone())
+            .collect()
+    }
+
     /// Notes that a slot was used.
     pub fn touch(&mut self, slot: usize) {
         self.clock += 1;

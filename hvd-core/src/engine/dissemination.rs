@@ -10,10 +10,11 @@ use std::collections::VecDeque;
 use super::message::RoundMessage;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
+use crate::transport::subset::channel;
 use crate::transport::{Request, Tag, Transport};
 
-/// Tags of negotiation lie above those of all operations: one channel for each step.
-const CHANNEL: u32 = 0xFFFF_0000;
+/// One channel for each step.
+const CHANNEL: u32 = channel::NEGOTIATION;
 
 /// The rounds of one world, seen from one rank.
 pub struct Dissemination {

@@ -10,8 +10,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::founding::Members;
 use super::submission::{Completion, Outcome, Promise, Submission};
-use super::{Core, Entry, Item};
+use super::{Core, Demand, Entry, Item, Stream};
 use crate::error::{Error, Result};
 use crate::transport::Waiter;
 
@@ -40,7 +41,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Inbox {
-    entries: Vec<Entry>,
+    demands: Vec<Demand>,
     close: bool,
     /// Why this rank gives up.
     abort: Option<Error>,
@@ -164,25 +165,62 @@ impl Engine {
         Ok(Engine { shared, background: Mutex::new(Some(background)) })
     }
 
-    /// Hands in what is to be negotiated as one; a handle for each tensor. With `flush`, somebody acts on it even if nobody
-    /// waits for it.
-    pub(crate) fn submit(&self, name: String, submissions: Vec<Submission>, flush: bool) -> Result<Vec<Handle>> {
+    /// Hands in what the ranks of a set are to negotiate as one; a handle for each tensor. With `flush`, somebody acts on it
+    /// even if nobody waits for it.
+    pub(crate) fn submit(
+        &self,
+        set: u32,
+        name: String,
+        submissions: Vec<Submission>,
+        flush: bool,
+    ) -> Result<Vec<Handle>> {
+        let (entry, handles) = self.promise(name, submissions);
+        self.demand(Demand::Submit(set, entry), flush)?;
+        Ok(handles)
+    }
+
+    /// Makes a process set of these ranks of the world, this one among them. Gives [`Completion::number`].
+    pub(crate) fn found(&self, members: Members) -> Result<Completion> {
+        let (entry, handles) = self.promise(format!("process set {members:?}"), vec![Submission::nothing()]);
+        self.demand(Demand::Found(members, entry), true)?;
+        first(handles)
+    }
+
+    /// Forgets a process set; returns once all its ranks have asked for it.
+    pub(crate) fn remove(&self, set: u32) -> Result<()> {
+        let (entry, handles) = self.promise(format!("removal of process set {set}"), vec![Submission::nothing()]);
+        self.demand(Demand::Remove(set, entry), true)?;
+        first(handles).map(drop)
+    }
+
+    /// Sends or receives a message.
+    pub(crate) fn exchange(&self, stream: Stream, submission: Submission) -> Result<Handle> {
+        let (entry, mut handles) = self.promise(submission.name.clone(), vec![submission]);
+        self.demand(Demand::Exchange(stream, entry), true)?;
+        handles.pop().ok_or_else(|| Error::Invalid("nothing was submitted".into()))
+    }
+
+    fn promise(&self, name: String, submissions: Vec<Submission>) -> (Entry, Vec<Handle>) {
         let promised = |submission| {
             let (promise, outcome) = Promise::new();
             let handle = Handle { outcome, shared: Some(self.shared.clone()) };
-            (Item { submission, promise, first_dims: Vec::new() }, handle)
+            (Item::new(submission, promise), handle)
         };
         let (items, handles) = submissions.into_iter().map(promised).unzip();
+        (Entry { name, items }, handles)
+    }
+
+    fn demand(&self, demand: Demand, flush: bool) -> Result<()> {
         let mut inbox = self.shared.lock_inbox();
         if let Some(error) = &inbox.ended {
             return Err(error.clone());
         }
-        inbox.entries.push(Entry { name, items });
+        inbox.demands.push(demand);
         drop(inbox);
         if flush {
             self.shared.waiter.wake();
         }
-        Ok(handles)
+        Ok(())
     }
 
     /// Waits until all ranks want to shut down and all have said goodbye.
@@ -219,6 +257,12 @@ impl Engine {
             drop(thread.join());
         }
     }
+}
+
+/// Waits for the only operation of an entry.
+fn first(handles: Vec<Handle>) -> Result<Completion> {
+    let nothing = || Error::Invalid("nothing was submitted".into());
+    handles.into_iter().next().ok_or_else(nothing)?.wait()
 }
 
 impl Drop for Engine {
@@ -324,13 +368,13 @@ impl Shared {
     }
 
     fn step(&self, core: &mut Core) -> bool {
-        let Inbox { entries, close, abort, .. } = self.take_inbox();
-        let moved = !entries.is_empty();
+        let Inbox { demands, close, abort, .. } = self.take_inbox();
+        let moved = !demands.is_empty();
         if let Some(error) = abort {
             core.fail(error);
         }
         let stepped = catch_unwind(AssertUnwindSafe(|| {
-            entries.into_iter().for_each(|entry| core.accept(entry));
+            demands.into_iter().for_each(|demand| core.accept(demand));
             if close {
                 core.close();
             }
@@ -347,8 +391,8 @@ impl Shared {
 
     fn take_inbox(&self) -> Inbox {
         let mut inbox = self.lock_inbox();
-        let entries = std::mem::take(&mut inbox.entries);
-        Inbox { entries, close: std::mem::take(&mut inbox.close), abort: inbox.abort.take(), ended: None }
+        let demands = std::mem::take(&mut inbox.demands);
+        Inbox { demands, close: std::mem::take(&mut inbox.close), abort: inbox.abort.take(), ended: None }
     }
 
     fn fail(&self, core: &mut Core, error: Error) {
@@ -363,9 +407,9 @@ impl Shared {
     fn end_inbox(&self, core: &Core, error: Error) {
         let mut inbox = self.lock_inbox();
         inbox.ended.get_or_insert_with(|| error.clone());
-        let late = std::mem::take(&mut inbox.entries);
+        let late = std::mem::take(&mut inbox.demands);
         drop(inbox);
-        late.into_iter().for_each(|entry| entry.complete(Err(error.clone())));
+        late.into_iter().for_each(|demand| demand.complete(Err(error.clone())));
         if core.is_over() {
             self.over.store(true, Ordering::Release);
         }

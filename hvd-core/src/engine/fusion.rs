@@ -1,11 +1,8 @@
 //! Which of the tensors that are ready travel together.
 
-use super::Item;
+use super::entry::Item;
 use super::message::SignatureKind;
-use super::submission::{Completion, Output, Submission};
 use crate::dtype::DType;
-use crate::error::Result;
-use crate::memory::Memory;
 
 /// How a tensor travels. Depends on the tensor alone, so that its sum has the same bits with and without neighbours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +34,8 @@ pub struct Ready {
     pub kind: SignatureKind,
     /// How it travels.
     pub route: Route,
+    /// How many ranks have something to contribute.
+    pub contributors: usize,
     /// The tensor.
     pub item: Item,
 }
@@ -47,6 +46,8 @@ pub struct Batch {
     pub kind: SignatureKind,
     /// How they travel.
     pub route: Route,
+    /// How many ranks have something to contribute; the others have joined.
+    pub contributors: usize,
     /// Large messages are cut into pieces of this size: the setting at the time of the plan, the same on all ranks.
     pub segment_bytes: usize,
     /// The tensors, in agreed order.
@@ -72,6 +73,7 @@ impl Ready {
 impl Batch {
     fn takes(&self, ready: &Ready, bytes: usize, threshold_bytes: usize) -> bool {
         let same = self.kind == ready.kind && self.dtype == ready.item.submission.dtype && self.route == ready.route;
+        let same = same && self.contributors == ready.contributors;
         same && self.bytes.saturating_add(bytes) <= threshold_bytes
     }
 }
@@ -83,7 +85,7 @@ pub fn plan(ready: impl IntoIterator<Item = Ready>, threshold_bytes: usize, segm
     for ready in ready {
         let bytes = ready.fusible_bytes();
         let mate = bytes.and_then(|bytes| batches.iter_mut().find(|batch| batch.takes(&ready, bytes, threshold_bytes)));
-        let Ready { kind, route, item } = ready;
+        let Ready { kind, route, contributors, item } = ready;
         match mate {
             Some(batch) => {
                 batch.bytes += bytes.unwrap_or(0);
@@ -91,32 +93,9 @@ pub fn plan(ready: impl IntoIterator<Item = Ready>, threshold_bytes: usize, segm
             }
             None => {
                 let (dtype, bytes) = (item.submission.dtype, bytes.unwrap_or(usize::MAX));
-                batches.push(Batch { kind, route, segment_bytes, items: vec![item], dtype, bytes });
+                batches.push(Batch { kind, route, contributors, segment_bytes, items: vec![item], dtype, bytes });
             }
         }
     }
     batches
-}
-
-impl Item {
-    /// The memory that receives the result of so many bytes, made if need be.
-    pub(super) fn resolve_output(&mut self, bytes: usize) -> Memory {
-        let Submission { input, output, .. } = &mut self.submission;
-        std::mem::replace(output, Output::InPlace).resolve(input, bytes)
-    }
-
-    /// The size of an allgather's result in bytes, or what there is of addresses.
-    fn gathered_bytes(&self) -> usize {
-        let Submission { shape, dtype, .. } = &self.submission;
-        let row = shape.iter().skip(1).product::<usize>() * dtype.size();
-        self.first_dims.iter().fold(0, |sum: usize, rows| sum.saturating_add(rows.saturating_mul(row)))
-    }
-
-    /// Tells whoever waits.
-    pub(super) fn complete(self, result: Result<Completion>) {
-        let Item { submission, promise, .. } = self;
-        // The handle's owner may free the memory as soon as it hears.
-        drop(submission);
-        promise.keep(result);
-    }
 }

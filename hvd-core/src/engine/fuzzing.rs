@@ -16,7 +16,7 @@ pub fn negotiation(data: &[u8]) {
     let (first, second) = data.split_at(usize::from(at).min(data.len()));
     let messages = [first, second].map(|bytes| RoundMessage::decode(bytes, SIZE));
     for message in messages.iter().flatten() {
-        message.announced.values().for_each(|announcement| drop(announcement.describe()));
+        message.announced.values().for_each(|announcement| drop(announcement.describe(&[0, 1, 2])));
         let mut twice = message.clone();
         twice.merge(message.clone());
         check_travel(&twice);
@@ -44,7 +44,8 @@ pub fn valid_negotiation() -> Vec<u8> {
     let message = |rank: usize| {
         let announcement = Announcement::new(rank, 7, signature.clone(), vec![rank as u64 + 1]);
         let announced = [("a tensor".to_string(), announcement)].into();
-        let message = RoundMessage { ready: BitSet::of(70), announced, closing: false, tuned: None };
+        let (joined, founding) = (BitSet::of(1), [(vec![0, 1], BitSet::of(0))].into());
+        let message = RoundMessage { ready: BitSet::of(70), announced, closing: false, tuned: None, joined, founding };
         message.encode().unwrap_or_default()
     };
     let (first, second) = (message(1), message(3));

@@ -52,7 +52,8 @@ impl BitSet {
         self.0.iter().enumerate().flat_map(bits)
     }
 
-    fn union(&mut self, other: &BitSet) {
+    /// Adds the numbers of another set.
+    pub fn union(&mut self, other: &BitSet) {
         if other.0.len() > self.0.len() {
             self.0.resize(other.0.len(), 0);
         }
@@ -67,6 +68,14 @@ impl BitSet {
     fn highest(&self) -> Option<usize> {
         let word = self.0.iter().rposition(|&word| word != 0)?;
         Some(word * 64 + 63 - self.0[word].leading_zeros() as usize)
+    }
+}
+
+impl FromIterator<usize> for BitSet {
+    fn from_iter<I: IntoIterator<Item = usize>>(numbers: I) -> Self {
+        let mut set = BitSet::default();
+        numbers.into_iter().for_each(|number| set.insert(number));
+        set
     }
 }
 
@@ -144,7 +153,8 @@ impl SignatureKind {
             OpKind::Allgather => SignatureKind::Allgather,
             OpKind::Alltoall { splits } => Self::of_alltoall(submission.shape[0], splits.as_deref(), ranks),
             OpKind::Reducescatter(options) => SignatureKind::Reducescatter((*options).into()),
-            OpKind::Barrier => SignatureKind::Barrier,
+            // A join is no operation on a tensor; the negotiation knows it by other means.
+            OpKind::Barrier | OpKind::Join => SignatureKind::Barrier,
         }
     }
 
@@ -160,6 +170,19 @@ impl SignatureKind {
                 rows: rows as u64,
                 splits: splits.map(|splits| splits.iter().map(number).collect()),
             },
+        }
+    }
+
+    /// The operation without its scale factors, for elements that must stay as they are.
+    pub fn unscaled(&self) -> OpKind {
+        let plain = |options: &Combining| Allreduce { prescale: 1.0, ..(*options).into() };
+        match self {
+            SignatureKind::Allreduce(options) => OpKind::Allreduce(plain(options)),
+            SignatureKind::Broadcast { root } => OpKind::Broadcast { root: *root as usize },
+            SignatureKind::Allgather => OpKind::Allgather,
+            SignatureKind::Alltoall | SignatureKind::UnfitAlltoall { .. } => OpKind::Alltoall { splits: None },
+            SignatureKind::Reducescatter(options) => OpKind::Reducescatter(plain(options)),
+            SignatureKind::Barrier => OpKind::Barrier,
         }
     }
 
@@ -293,12 +316,12 @@ impl Announcement {
         self.first_dims.extend(other.first_dims);
     }
 
-    /// Who sent what, for an error. The same text on every rank.
-    pub fn describe(&self) -> String {
+    /// Who sent what, for an error: the same text on every rank. `members`: the set's ranks as the world numbers them.
+    pub fn describe(&self, members: &[usize]) -> String {
         let mut lines: Vec<_> = self.variants.iter().collect();
         lines.sort_by_key(|(_, ranks)| ranks.iter().next());
         let line = |(signature, ranks): &(Signature, BitSet)| {
-            let ranks: Vec<_> = ranks.iter().map(|rank| rank.to_string()).collect();
+            let ranks: Vec<_> = ranks.iter().map(|rank| members.get(rank).unwrap_or(&rank).to_string()).collect();
             let noun = if ranks.len() == 1 { "rank" } else { "ranks" };
             format!("{noun} {} sent {signature}", ranks.join(", "))
         };
@@ -327,18 +350,21 @@ impl Announcement {
     /// # Errors
     /// [`Error::Mismatch`] where the ranks disagree, [`Error::Invalid`] where they agree on what cannot be. The text says who
     /// sent what and is the same on every rank.
-    pub fn agreement(mut self, name: &str) -> Result<(Signature, Vec<Vec<u64>>), Error> {
+    pub fn agreement(mut self, name: &str, members: &[usize]) -> Result<(Signature, Vec<Vec<u64>>), Error> {
         self.unite_places();
         let flaw = match &self.variants[..] {
             [(signature, _)] => signature.flaw(),
-            _ => return Err(Error::Mismatch { name: name.into(), detail: self.describe() }),
+            _ => return Err(Error::Mismatch { name: name.into(), detail: self.describe(members) }),
         };
         match (flaw, self.variants.pop()) {
-            (None, Some((signature, _))) => Ok((signature, self.first_dims.into_values().collect())),
+            (None, Some((signature, _))) => {
+                let dims = first_dims(&signature, self.first_dims, members.len());
+                Ok((signature, dims))
+            }
             (flaw, last) => {
                 self.variants.extend(last);
                 let flaw = flaw.unwrap_or("nothing was announced");
-                Err(Error::Invalid(format!("`{name}`: {}: {flaw}", self.describe())))
+                Err(Error::Invalid(format!("`{name}`: {}: {flaw}", self.describe(members))))
             }
         }
     }
@@ -359,6 +385,17 @@ impl Announcement {
     }
 }
 
+/// Each rank's first dimension of each tensor, of an allgather. A rank that has joined has no rows.
+fn first_dims(signature: &Signature, mut announced: BTreeMap<u64, Vec<u64>>, ranks: usize) -> Vec<Vec<u64>> {
+    let none = || vec![0; signature.tensors.len()];
+    match signature.kind {
+        SignatureKind::Allgather => {
+            (0..ranks as u64).map(|rank| announced.remove(&rank).unwrap_or_else(none)).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
 /// What the ranks say in one round of negotiation. Merging is idempotent, commutative and associative, so that it does
 /// not matter on which ways, and how often, a rank hears of another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -371,6 +408,10 @@ pub struct RoundMessage {
     pub closing: bool,
     /// The settings to change to, from rank 0's tuner.
     pub tuned: Option<Tuned>,
+    /// The ranks that have no more data.
+    pub joined: BitSet,
+    /// Process sets that ranks make, with those ranks.
+    pub founding: BTreeMap<Vec<usize>, BitSet>,
 }
 
 impl RoundMessage {
@@ -379,6 +420,10 @@ impl RoundMessage {
         self.ready.intersect(&other.ready);
         self.closing &= other.closing;
         self.tuned = self.tuned.or(other.tuned);
+        self.joined.union(&other.joined);
+        for (members, ranks) in other.founding {
+            self.founding.entry(members).or_default().union(&ranks);
+        }
         for (name, announcement) in other.announced {
             match self.announced.entry(name) {
                 std::collections::btree_map::Entry::Occupied(mut known) => known.get_mut().merge(announcement),
@@ -392,6 +437,11 @@ impl RoundMessage {
         let message: RoundMessage = postcard::from_bytes(bytes).map_err(|error| error.to_string())?;
         if message.tuned.is_some_and(|tuned| tuned.segment_bytes == 0) {
             return Err("the tuner asks for segments of no bytes".into());
+        }
+        let founders = message.founding.values().filter_map(BitSet::highest);
+        let founded = message.founding.keys().flatten().copied();
+        if founders.chain(founded).chain(message.joined.highest()).any(|rank| rank >= size) {
+            return Err("it names a rank that is none".into());
         }
         let flawed = |(name, announcement): (&String, &Announcement)| Some((name.clone(), announcement.flaw(size)?));
         if let Some((name, flaw)) = message.announced.iter().find_map(flawed) {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::cache::{Agreement, ResponseCache};
 use super::exchange::Exchange;
+use super::founding::{Foundation, Founding, Members};
 use super::message::{Announcement, BitSet, RoundMessage, Signature, SignatureKind};
 use super::stall::Overdue;
 use super::tuner::Tuned;
@@ -19,8 +20,13 @@ use crate::transport::Transport;
 /// What the ranks concluded of one tensor.
 #[derive(Debug)]
 pub enum Verdict {
-    /// All ranks have it and agree.
-    Ready(Agreement),
+    /// All ranks have it, or have joined, and agree.
+    Ready {
+        /// What they agree on.
+        agreement: Agreement,
+        /// How many ranks have not joined: what they contribute is all there is.
+        contributors: usize,
+    },
     /// All ranks have it and disagree.
     Refused {
         /// The tensor's name.
@@ -28,6 +34,13 @@ pub enum Verdict {
         /// Says who sent what; the same text on every rank.
         error: Error,
     },
+    /// All ranks have joined.
+    Joined {
+        /// The one that was the last, as the world numbers it.
+        last: usize,
+    },
+    /// What came of a process set in the making.
+    Founded(Foundation),
 }
 
 /// A tensor that this rank has submitted and that is not ready yet.
@@ -41,10 +54,13 @@ struct Waiting {
     counted: Option<u64>,
 }
 
-/// The negotiation of one world, seen from one rank.
+/// The negotiation of one set of ranks, seen from one of them.
 pub struct Negotiation {
+    /// This rank in the set.
     rank: usize,
     size: usize,
+    /// The set's ranks as the world numbers them.
+    members: Arc<[usize]>,
     exchange: Exchange,
     cache: ResponseCache,
     /// What this rank waits for, by name.
@@ -66,14 +82,23 @@ pub struct Negotiation {
     proposed: Option<Tuned>,
     /// Those that the ranks have agreed on in the last round.
     agreed: Option<Tuned>,
+    /// Whether this rank has no more data. The others hear of it once nothing of its own waits any more.
+    joining: bool,
+    /// The ranks that have joined, in order. The same on all ranks.
+    joined: Vec<usize>,
+    /// The process set that this rank makes, if no round has told of it yet.
+    asked: Option<Members>,
+    founding: Founding,
 }
 
 impl Negotiation {
-    /// Before the first round. `shared`: the memory that all ranks share, if they do.
-    pub fn new(rank: usize, size: usize, cache_capacity: usize, shared: Option<&Arc<ShmGroup>>) -> Self {
+    /// Before the first round, for the `rank`th of `members`. `shared`: the memory that all of them share, if they do.
+    pub fn new(rank: usize, members: Arc<[usize]>, cache_capacity: usize, shared: Option<&Arc<ShmGroup>>) -> Self {
+        let size = members.len();
         Negotiation {
             rank,
             size,
+            members,
             exchange: Exchange::new(rank, size, shared),
             cache: ResponseCache::new(cache_capacity),
             waiting: HashMap::new(),
@@ -87,6 +112,10 @@ impl Negotiation {
             all_closing: false,
             proposed: None,
             agreed: None,
+            joining: false,
+            joined: Vec::new(),
+            asked: None,
+            founding: Founding::default(),
         }
     }
 
@@ -100,6 +129,23 @@ impl Negotiation {
         }
         let waiting = Waiting { signature, first_dims, sequence: self.next_sequence, seen: None, counted: None };
         self.waiting.insert(name.to_string(), waiting);
+        self.news = true;
+    }
+
+    /// Says that this rank has no more data.
+    pub fn join(&mut self) {
+        self.joining = true;
+        self.news = true;
+    }
+
+    /// Whether this rank has joined, and the others know it.
+    pub fn has_joined(&self) -> bool {
+        self.joined.contains(&self.rank)
+    }
+
+    /// Says that this rank makes a process set, of these ranks of the world. One at a time.
+    pub fn ask_for_set(&mut self, members: Members) {
+        self.asked = Some(members);
         self.news = true;
     }
 
@@ -130,6 +176,7 @@ impl Negotiation {
             let own = self.contribution();
             self.unannounced.clear();
             self.proposed = None;
+            self.asked = None;
             self.news = false;
             self.exchange.begin(transport, own)?;
         }
@@ -186,68 +233,135 @@ impl Negotiation {
     }
 
     fn contribution(&self) -> RoundMessage {
-        let mut ready = BitSet::default();
-        self.cached.keys().for_each(|&slot| ready.insert(slot));
+        let joins = self.joining && self.waiting.is_empty();
+        let ready = match joins {
+            // Whatever the others have, but for rows: it has none.
+            true => self.cache.slots_without_rows().collect(),
+            false => self.cached.keys().copied().collect(),
+        };
         let announce = |name: &String| {
             let waiting = self.waiting.get(name)?;
             let (signature, first_dims) = (waiting.signature.clone(), waiting.first_dims.clone());
             Some((name.clone(), Announcement::new(self.rank, waiting.sequence, signature, first_dims)))
         };
         let announced = self.unannounced.iter().filter_map(announce).collect();
-        RoundMessage { ready, announced, closing: self.closing, tuned: self.proposed }
+        let joined = joins.then_some(self.rank).into_iter().collect();
+        let founding =
+            self.asked.iter().map(|members| (members.clone(), BitSet::of(self.members[self.rank]))).collect();
+        RoundMessage { ready, announced, closing: self.closing, tuned: self.proposed, joined, founding }
     }
 
     /// Draws the conclusions of a round. Everything that changes the cache or the table depends on `heard` alone.
     fn conclude(&mut self, heard: RoundMessage) -> Vec<Verdict> {
-        let mut verdicts = Vec::new();
         self.rounds += 1;
         self.all_closing = heard.closing;
         self.agreed = heard.tuned;
-        for slot in heard.ready.iter() {
-            if let Some(agreement) = self.cache.get(slot).cloned() {
-                self.cache.touch(slot);
-                self.cached.remove(&slot);
-                self.waiting.remove(&agreement.name);
-                verdicts.push(Verdict::Ready(agreement));
-            }
+        let ready: Vec<_> = heard.ready.iter().filter_map(|slot| self.hit(slot)).collect();
+        let newly_joined = self.note_joined(&heard.joined);
+        let mut verdicts: Vec<_> = ready.into_iter().map(|agreement| self.carry_out(agreement)).collect();
+        let mut names: Vec<_> =
+            heard.announced.into_iter().map(|(name, said)| self.note_announced(name, said)).collect();
+        if newly_joined {
+            names = self.table.keys().cloned().collect();
         }
-        let mut complete = Vec::new();
-        for (name, announcement) in heard.announced {
-            let evicted = self.cache.remove(&name);
-            self.announce_again(evicted);
-            let known = self.table.entry(name.clone()).or_default();
-            match known.variants.is_empty() {
-                true => *known = announcement,
-                false => known.merge(announcement),
-            }
-            if known.ranks().count() == self.size {
-                complete.push((known.order, name));
-            } else {
-                // Who had it as a bit announces it in the next round: so there must be one.
-                self.news |= evicted.is_some();
-            }
-        }
-        complete.sort();
-        for (_, name) in complete {
+        for name in self.complete(names) {
             if let Some(announcement) = self.table.remove(&name) {
                 self.waiting.remove(&name);
                 verdicts.push(self.judge(name, announcement));
             }
         }
+        verdicts.extend(self.founding.conclude(heard.founding).into_iter().map(Verdict::Founded));
+        verdicts.extend(self.all_joined());
+        // The others have not heard that it has joined while something of its own was waiting.
+        self.news |= self.joining && self.waiting.is_empty() && !self.has_joined();
         verdicts
     }
 
+    /// What is in a slot that is waiting on all ranks.
+    fn hit(&mut self, slot: usize) -> Option<Agreement> {
+        let agreement = self.cache.get(slot)?.clone();
+        self.cache.touch(slot);
+        self.cached.remove(&slot);
+        self.waiting.remove(&agreement.name);
+        Some(agreement)
+    }
+
+    /// Takes in who has joined. Gives whether anybody is new.
+    fn note_joined(&mut self, joined: &BitSet) -> bool {
+        let new: Vec<_> = joined.iter().filter(|rank| !self.joined.contains(rank)).collect();
+        if new.is_empty() {
+            return false;
+        }
+        self.joined.extend(new);
+        // Whoever has joined has no rows, so what was agreed on of rows is no more.
+        for name in self.cache.names_with_rows() {
+            let evicted = self.cache.remove(&name);
+            self.announce_again(evicted);
+        }
+        true
+    }
+
+    /// Takes in what was announced of a name; gives the name.
+    fn note_announced(&mut self, name: String, announcement: Announcement) -> String {
+        let evicted = self.cache.remove(&name);
+        self.announce_again(evicted);
+        let known = self.table.entry(name.clone()).or_default();
+        match known.variants.is_empty() {
+            true => *known = announcement,
+            false => known.merge(announcement),
+        }
+        // Who had it as a bit announces it in the next round: so there must be one.
+        self.news |= evicted.is_some() && !self.is_complete(&name);
+        name
+    }
+
+    fn is_complete(&self, name: &str) -> bool {
+        let Some(announcement) = self.table.get(name) else { return false };
+        let mut ranks = announcement.ranks();
+        ranks.union(&self.joined.iter().copied().collect());
+        ranks.count() == self.size
+    }
+
+    /// Those of `names` that all ranks have, in an order that is the same on all of them.
+    fn complete(&self, mut names: Vec<String>) -> Vec<String> {
+        names.retain(|name| self.is_complete(name));
+        names.sort_by_key(|name| (self.table.get(name).map(|announcement| announcement.order), name.clone()));
+        names
+    }
+
     fn judge(&mut self, name: String, announcement: Announcement) -> Verdict {
-        let (signature, first_dims) = match announcement.agreement(&name) {
+        let (signature, first_dims) = match announcement.agreement(&name, &self.members) {
             Ok(agreed) => agreed,
             Err(error) => return Verdict::Refused { name, error },
         };
         let agreement = Agreement { name, signature, first_dims };
-        if agreement.signature.kind != SignatureKind::Barrier {
+        let lasts = agreement.first_dims.is_empty() || self.joined.is_empty();
+        if lasts && agreement.signature.kind != SignatureKind::Barrier {
             let evicted = self.cache.insert(agreement.clone());
             self.announce_again(evicted);
         }
-        Verdict::Ready(agreement)
+        self.carry_out(agreement)
+    }
+
+    /// What follows from an agreement: a rank that has joined has nothing to broadcast.
+    fn carry_out(&self, agreement: Agreement) -> Verdict {
+        let joined = |root: &usize| self.joined.iter().any(|&rank| self.members[rank] == *root);
+        match agreement.signature.kind {
+            SignatureKind::Broadcast { root } if joined(&(root as usize)) => {
+                let name = agreement.name;
+                let error =
+                    Error::Invalid(format!("`{name}`: the root, rank {root}, has joined and has nothing to broadcast"));
+                Verdict::Refused { name, error }
+            }
+            _ => Verdict::Ready { agreement, contributors: self.size - self.joined.len() },
+        }
+    }
+
+    fn all_joined(&mut self) -> Option<Verdict> {
+        let last = *self.joined.last().filter(|_| self.joined.len() == self.size)?;
+        self.joined.clear();
+        self.joining = false;
+        Some(Verdict::Joined { last: self.members[last] })
     }
 
     /// What waited under a slot that is no more must be announced in full.

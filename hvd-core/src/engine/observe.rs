@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::Item;
+use super::entry::Item;
 use super::submission::Submission;
 
 /// A station of a tensor's way through the engine, in this order.

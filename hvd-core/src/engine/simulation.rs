@@ -108,7 +108,7 @@ impl Simulation {
         let nodes = (0..size).map(node).collect();
         let air = Arc::new(Mutex::new(Air { network, flying: BTreeMap::new(), count: 0, nodes }));
         Simulation {
-            ranks: (0..size).map(|rank| Negotiation::new(rank, size, cache_capacity, None)).collect(),
+            ranks: (0..size).map(|rank| Negotiation::new(rank, (0..size).collect(), cache_capacity, None)).collect(),
             ports: (0..size).map(|rank| Port { rank, size, air: air.clone() }).collect(),
             air,
         }
@@ -144,8 +144,9 @@ impl Simulation {
             rounds += 1;
             for verdict in verdicts {
                 match verdict {
-                    Verdict::Ready(agreement) => drop(missing.remove(agreement.name.as_str())),
+                    Verdict::Ready { agreement, .. } => drop(missing.remove(agreement.name.as_str())),
                     Verdict::Refused { error, .. } => return Err(error),
+                    Verdict::Joined { .. } | Verdict::Founded(_) => {}
                 }
             }
         }

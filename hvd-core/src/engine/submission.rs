@@ -36,12 +36,15 @@ pub enum OpKind {
     Reducescatter(Allreduce),
     /// Completes on no rank before every rank has submitted it.
     Barrier,
+    /// This rank has no more data. Completes once all ranks have joined; until then this rank takes part in what the others
+    /// submit, without contributing to it.
+    Join,
 }
 
 impl OpKind {
     /// Whether the result may replace the input.
     pub(crate) fn is_in_place(&self) -> bool {
-        matches!(self, OpKind::Allreduce(_) | OpKind::Broadcast { .. } | OpKind::Barrier)
+        matches!(self, OpKind::Allreduce(_) | OpKind::Broadcast { .. } | OpKind::Barrier | OpKind::Join)
     }
 
     /// Whether several of the kind may be submitted as one.
@@ -58,6 +61,7 @@ impl OpKind {
             OpKind::Alltoall { .. } => "an alltoall",
             OpKind::Reducescatter(_) => "a reducescatter",
             OpKind::Barrier => "a barrier",
+            OpKind::Join => "a join",
         }
     }
 }
@@ -184,6 +188,11 @@ impl Submission {
         Submission { name: name.into(), kind, dtype, shape, input, output, device: Device::Cpu }
     }
 
+    /// No operation at all: what stands for a demand that has no elements.
+    pub(crate) fn nothing() -> Self {
+        Submission::new("", OpKind::Barrier, DType::U8, vec![0], Memory::empty(), Output::InPlace)
+    }
+
     /// Checks what `rank` can check without the other ranks of the set, `ranks` of the world.
     ///
     /// # Errors
@@ -253,6 +262,22 @@ pub struct Completion {
     pub output: Memory,
     /// For an allgather or alltoall, how many rows of the output come from each rank, by rank; else empty.
     pub first_dims: Vec<usize>,
+    /// Of a join, the last rank of the world that joined; of a process set that was made, its number; else 0.
+    pub number: usize,
+    /// Of a process set that was made: whether its ranks share memory.
+    pub(crate) shares: bool,
+}
+
+impl Completion {
+    /// Elements.
+    pub(crate) fn new(output: Memory) -> Self {
+        Completion { output, first_dims: Vec::new(), number: 0, shares: false }
+    }
+
+    /// A number.
+    pub(crate) fn answer(number: usize) -> Self {
+        Completion { number, ..Completion::new(Memory::empty()) }
+    }
 }
 
 /// The shared end of an operation: the engine writes it once, the handle reads it.

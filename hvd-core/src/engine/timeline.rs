@@ -133,6 +133,7 @@ fn operation(kind: &OpKind) -> &'static str {
         OpKind::Alltoall { .. } => "ALLTOALL",
         OpKind::Reducescatter(_) => "REDUCESCATTER",
         OpKind::Barrier => "BARRIER",
+        OpKind::Join => "JOIN",
     }
 }
 

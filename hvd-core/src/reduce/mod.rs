@@ -7,6 +7,7 @@
 
 mod adasum;
 mod kernels;
+mod neutral;
 
 use std::marker::PhantomData;
 
@@ -17,6 +18,7 @@ use crate::wire::lane::{Factor, Lane, Number, with_lane};
 use crate::wire::simd::dispatch;
 pub use adasum::{Products, blend};
 use kernels::{Accumulate, Combine, Gather, Greatest, Least, Plus, Times};
+pub use neutral::fill_neutral;
 
 /// How the ranks' elements are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use super::group::{By, Need, Phase, ShmGroup};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
+use crate::transport::subset::channel;
 use crate::transport::{MAX_MESSAGE_BYTES, Request, Tag, Transport};
 
-/// The channel of what is too long for the board: "boar".
-const CHANNEL: u32 = 0x626f_6172;
+/// The channel of what is too long for the board.
+const CHANNEL: u32 = channel::BOARD;
 /// A page begins with the number of bytes that are said.
 const HEAD: usize = size_of::<u64>();
 

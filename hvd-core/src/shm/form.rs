@@ -18,11 +18,12 @@ use rustix::net::{
 
 use super::segment::{self, Layout, Nonce, Segment};
 use crate::error::Result;
+use crate::transport::subset::channel;
 use crate::transport::talk::Talk;
 use crate::transport::{Tag, Transport};
 
-/// The channel of the formation's messages: "shm".
-const CHANNEL: u32 = 0x0073_686d;
+/// The channel of the formation's messages.
+const CHANNEL: u32 = channel::FORMATION;
 const OFFER: Tag = Tag { channel: CHANNEL, sequence: 0 };
 const VOTE: Tag = Tag { channel: CHANNEL, sequence: 1 };
 const VERDICT: Tag = Tag { channel: CHANNEL, sequence: 2 };

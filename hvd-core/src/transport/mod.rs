@@ -6,6 +6,7 @@
 pub(crate) mod matching;
 pub mod mpi;
 pub(crate) mod requests;
+pub(crate) mod subset;
 pub(crate) mod talk;
 pub mod tcp;
 pub mod thread;

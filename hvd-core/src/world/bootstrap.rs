@@ -9,7 +9,7 @@ use super::agreement::agree;
 use super::{Backend, Inner, ProcessSet, World, affinity};
 use crate::config::{Config, TransportChoice, environment, remarks};
 use crate::engine::timeline::path_on_host;
-use crate::engine::{Core, Engine, Observers};
+use crate::engine::{Core, Engine, Observers, WORLD};
 use crate::error::{Error, Result};
 use crate::shm::ShmGroup;
 use crate::topology::{Launch, Launcher, Topology};
@@ -35,7 +35,7 @@ pub(super) fn world(config: Config) -> Result<World> {
         drop(std::fs::remove_file(path_on_host(path, &topology)));
     }
     if topology.size == 1 {
-        return observed(wrap(topology, Backend::Solo, Arc::default(), None, None), &config);
+        return observed(wrap(topology, Backend::Solo, Backend::Solo, Arc::default(), None, None), &config);
     }
     let mut transport = next_transport(&config, &launch)?;
     let deadline = Instant::now() + config.start_timeout;
@@ -76,7 +76,7 @@ pub(super) fn thread_rank(mut transport: ThreadTransport, config: &Config, share
     let (rank, size) = (transport.rank(), transport.size());
     let topology = Topology { rank, size, local_rank: rank, local_size: size, cross_rank: 0, cross_size: 1 };
     if size == 1 {
-        return observed(wrap(topology, Backend::Solo, Arc::default(), None, None), config);
+        return observed(wrap(topology, Backend::Solo, Backend::Solo, Arc::default(), None, None), config);
     }
     let shared = match share {
         true => ShmGroup::form(&mut transport, config.shm_slot_bytes, Instant::now() + config.start_timeout)?,
@@ -91,31 +91,33 @@ fn start(
     topology: Topology,
     config: &Config,
 ) -> Result<World> {
-    let backend = match (&shared, transport.name()) {
-        (Some(_), _) => Backend::Shm,
-        (None, "mpi") => Backend::Mpi,
-        (None, "thread") => Backend::Thread,
-        (None, _) => Backend::Tcp,
+    let over = match transport.name() {
+        "mpi" => Backend::Mpi,
+        "thread" => Backend::Thread,
+        _ => Backend::Tcp,
     };
+    let backend = if shared.is_some() { Backend::Shm } else { over };
+    let may_share = shared.is_some() || (config.shared_memory && !topology.is_single_host());
     let (waiter, observers) = (transport.waiter(), Arc::<Observers>::default());
-    let core = Core::new(transport, shared.clone(), config, observers.clone())?;
+    let core = Core::new(transport, shared.clone(), may_share, config, observers.clone())?;
     let processor = affinity::processor(config, topology.local_rank)?;
     let engine = affinity::inherited(processor, || Engine::start(core, waiter, config.spin))?;
     tracing::debug!(rank = topology.rank, size = topology.size, %backend, "joined the world");
-    Ok(wrap(topology, backend, observers, Some(engine), shared))
+    Ok(wrap(topology, backend, over, observers, Some(engine), shared))
 }
 
 fn wrap(
     topology: Topology,
     backend: Backend,
+    transport: Backend,
     observers: Arc<Observers>,
     engine: Option<Engine>,
     shared: Option<Arc<ShmGroup>>,
 ) -> World {
     let ranks = (0..topology.size).collect();
-    let (timeline, shared_buffers) = Default::default();
-    let world = Inner { topology, observers, timeline, engine, shared, shared_buffers };
-    World(ProcessSet::new(Arc::new(world), ranks, backend))
+    let (timeline, founding, shared_buffers) = Default::default();
+    let world = Inner { topology, observers, timeline, transport, founding, engine, shared, shared_buffers };
+    World(ProcessSet::new(Arc::new(world), WORLD, ranks, backend))
 }
 
 /// The transport of this process's next world.

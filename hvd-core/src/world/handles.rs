@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 
+use super::process_set::ProcessSet;
 use crate::dtype::Element;
 use crate::engine::submission::Completion;
 use crate::engine::{GroupHandle, Handle};
@@ -69,8 +70,37 @@ impl<T: Element> GroupVecHandle<T> {
     }
 }
 
+/// A join under way. Dropping it does not take it back, but see [`JoinHandle::wait`].
+#[must_use = "the set can be used again only after `wait`"]
+pub struct JoinHandle {
+    handle: Handle,
+    set: ProcessSet,
+}
+
+impl JoinHandle {
+    pub(super) fn new(handle: Handle, set: ProcessSet) -> Self {
+        JoinHandle { handle, set }
+    }
+
+    /// Whether all ranks have joined. Never blocks.
+    pub fn poll(&self) -> bool {
+        self.handle.poll()
+    }
+
+    /// Waits until all ranks have joined and gives the last one, as the world numbers it. To be called before the set's next
+    /// operation: it brings the names of barriers, of which the ranks may have seen different numbers, back in step.
+    ///
+    /// # Errors
+    /// As [`Handle::wait`].
+    pub fn wait(self) -> Result<usize> {
+        let last = self.handle.wait()?.number;
+        self.set.renumber();
+        Ok(last)
+    }
+}
+
 fn into_vec<T: Element>(completion: Completion) -> (Vec<T>, Vec<usize>) {
-    let Completion { output, first_dims } = completion;
+    let Completion { output, first_dims, .. } = completion;
     // SAFETY: the operation is done.
     (unsafe { output.into_vec() }, first_dims)
 }

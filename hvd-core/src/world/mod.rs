@@ -6,6 +6,7 @@ mod bootstrap;
 mod global;
 mod grouped;
 mod handles;
+mod messages;
 pub(crate) mod objects;
 mod operations;
 mod process_set;
@@ -29,7 +30,7 @@ use crate::transport::thread::ThreadTransport;
 pub use global::{
     cross_rank, cross_size, init, init_with, is_initialised, local_rank, local_size, rank, shutdown, size, world,
 };
-pub use handles::{GroupVecHandle, VecHandle};
+pub use handles::{GroupVecHandle, JoinHandle, VecHandle};
 pub use process_set::ProcessSet;
 pub use shared::{SharedBuffer, SharedHandle};
 
@@ -89,6 +90,10 @@ struct Inner {
     topology: Topology,
     observers: Arc<Observers>,
     timeline: Mutex<Option<Arc<Timeline>>>,
+    /// What moves bytes where no memory is shared.
+    transport: Backend,
+    /// Held while this rank makes a process set.
+    founding: Mutex<()>,
     /// `None` for a world of one.
     engine: Option<Engine>,
     /// The memory that all ranks share, if they are on one host.
@@ -229,6 +234,29 @@ impl World {
 impl World {
     fn inner(&self) -> &Inner {
         self.0.world()
+    }
+
+    /// Makes a process set of some of the world's ranks, in any order. `None` if this rank is none of them.
+    ///
+    /// To be called by the set's members alone; it returns once all of them have called it with the same ranks. A rank
+    /// makes one set at a time, so ranks that are in several sets make them in the same order. The ranks of another call
+    /// with the same ranks are another set, independent of the first.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for ranks that there are not or that come twice; [`Error::Mismatch`] on all concerned where ranks
+    /// wait for each other in different sets, after which they may try again.
+    pub fn process_set(&self, ranks: &[usize]) -> Result<Option<ProcessSet>> {
+        let mut members = ranks.to_vec();
+        members.sort_unstable();
+        let twice = members.windows(2).any(|pair| pair[0] == pair[1]);
+        if twice || members.last().is_none_or(|&last| last >= self.size()) {
+            let size = self.size();
+            return Err(Error::Invalid(format!("{ranks:?} are not different ranks of a world of {size}")));
+        }
+        match members.contains(&self.rank()) {
+            true => self.0.found(members).map(Some),
+            false => Ok(None),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ptr::NonNull;
 
-use super::handles::VecHandle;
+use super::handles::{JoinHandle, VecHandle};
 use super::process_set::{ProcessSet, empty, owned};
 use crate::dtype::Element;
 use crate::engine::Handle;
@@ -94,6 +94,29 @@ impl ProcessSet {
     /// As [`Handle::wait`].
     pub fn barrier(&self) -> Result<()> {
         self.hand_in(empty(self.unnamed("barrier"), OpKind::Barrier), false)?.wait().map(drop)
+    }
+
+    /// Says that this rank has no more data, and waits until all ranks of the set have said so; gives the last one that did,
+    /// as the world numbers it. The way to end an epoch in which some ranks have more steps than others.
+    ///
+    /// It takes effect once this rank's earlier operations are agreed on. Until all have joined, this rank takes part in
+    /// what the others submit without contributing: a reduction combines what the others have (so an average is over them
+    /// alone), gathering ranks get no rows of it, and what it would get is thrown away. Whose broadcast it would be, gets
+    /// [`crate::Error::Invalid`] instead.
+    ///
+    /// # Errors
+    /// As [`Handle::wait`].
+    pub fn join(&self) -> Result<usize> {
+        self.join_async()?.wait()
+    }
+
+    /// As [`ProcessSet::join`], in the background.
+    ///
+    /// # Errors
+    /// As [`ProcessSet::submit`].
+    pub fn join_async(&self) -> Result<JoinHandle> {
+        let handle = self.submit(empty("join".into(), OpKind::Join))?;
+        Ok(JoinHandle::new(handle, self.clone()))
     }
 
     /// As [`ProcessSet::allreduce`], in the background.

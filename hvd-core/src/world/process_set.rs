@@ -1,13 +1,13 @@
 //! Ranks that carry out operations together.
 
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use super::{Backend, Inner, solo};
 use crate::dtype::{DType, Element};
 use crate::engine::submission::{OpKind, Output, Submission};
-use crate::engine::{GroupHandle, Handle};
+use crate::engine::{Engine, GroupHandle, Handle, WORLD};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 
@@ -21,19 +21,41 @@ pub struct ProcessSet(Arc<Members>);
 
 struct Members {
     world: Arc<Inner>,
+    /// The engine's number of the set: 0 for the world.
+    number: u32,
     ranks: Vec<usize>,
     backend: Backend,
-    /// Numbers the operations to which the user gives no name.
+    /// Numbers the operations to which the user gives no name. Its upper half counts the joins.
     unnamed: AtomicU64,
 }
 
 impl ProcessSet {
-    pub(super) fn new(world: Arc<Inner>, ranks: Vec<usize>, backend: Backend) -> Self {
-        ProcessSet(Arc::new(Members { world, ranks, backend, unnamed: AtomicU64::new(0) }))
+    pub(super) fn new(world: Arc<Inner>, number: u32, ranks: Vec<usize>, backend: Backend) -> Self {
+        ProcessSet(Arc::new(Members { world, number, ranks, backend, unnamed: AtomicU64::new(0) }))
     }
 
-    pub(super) fn world(&self) -> &Inner {
+    pub(super) fn world(&self) -> &Arc<Inner> {
         &self.0.world
+    }
+
+    /// `None` for a set of one.
+    fn engine(&self) -> Option<&Engine> {
+        self.world().engine.as_ref().filter(|_| self.size() > 1)
+    }
+
+    /// Makes a set of some of the world's ranks, ascending, this one among them.
+    pub(super) fn found(&self, ranks: Vec<usize>) -> Result<ProcessSet> {
+        let world = self.world().clone();
+        let Some(engine) = world.engine.as_ref().filter(|_| ranks.len() > 1) else {
+            return Ok(ProcessSet::new(world.clone(), WORLD, ranks, Backend::Solo));
+        };
+        let _one_at_a_time = world.founding.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = engine.found(ranks.clone())?;
+        let backend = match (made.shares, world.transport) {
+            (true, _) => Backend::Shm,
+            (false, over) => over,
+        };
+        Ok(ProcessSet::new(world.clone(), made.number as u32, ranks, backend))
     }
 
     /// This rank of the world, `0 .. size` of the world.
@@ -97,12 +119,12 @@ impl ProcessSet {
 
     fn hand_in_entry(&self, name: String, submissions: Vec<Submission>, flush: bool) -> Result<Vec<Handle>> {
         submissions.iter().try_for_each(|submission| submission.validate(self.rank(), self.ranks()))?;
-        let Inner { observers, engine, .. } = self.world();
+        let observers = &self.world().observers;
         submissions.iter().for_each(|submission| observers.submitted(submission));
-        match engine {
-            Some(engine) => engine.submit(name, submissions, flush),
+        match self.engine() {
+            Some(engine) => engine.submit(self.0.number, name, submissions, flush),
             None => {
-                let carry_out = |submission| Handle::done(Ok(solo::carry_out(submission, observers)));
+                let carry_out = |submission| Handle::done(Ok(solo::carry_out(submission, self.rank(), observers)));
                 Ok(submissions.into_iter().map(carry_out).collect())
             }
         }
@@ -111,7 +133,7 @@ impl ProcessSet {
     /// Whether an operation may work on memory that is only borrowed. After a failure MPI may still write to memory that it
     /// was given, so it never gets such.
     pub(super) fn may_borrow(&self) -> bool {
-        self.backend() != Backend::Mpi
+        self.world().transport != Backend::Mpi || self.size() == 1
     }
 
     /// Carries out an operation in place.
@@ -127,9 +149,35 @@ impl ProcessSet {
         self.hand_in(submission, false)?.wait().map(drop)
     }
 
+    /// Forgets the set: returns once all its ranks have called it. Operations that not every rank has submitted by then end
+    /// with an error, as do later ones. A set that is not removed lasts as long as the world.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for the world itself, else what the world was lost to.
+    pub fn remove(&self) -> Result<()> {
+        match (self.engine(), self.0.number) {
+            (Some(_), WORLD) => {
+                Err(Error::Invalid("the world itself is no process set to remove; shut it down".into()))
+            }
+            (Some(engine), number) => engine.remove(number),
+            (None, _) => Ok(()),
+        }
+    }
+
+    /// Numbers unnamed operations alike on all ranks, of which some had fewer of them before they joined.
+    pub(super) fn renumber(&self) {
+        // Nothing else is named meanwhile: until the join is done, the engine refuses it.
+        let joins = self.0.unnamed.load(Ordering::Relaxed) >> 32;
+        self.0.unnamed.store((joins + 1) << 32, Ordering::Relaxed);
+    }
+
     /// A name for an operation to which the user gives none: the same on all ranks that carry out as many of them.
     pub(super) fn unnamed(&self, what: &str) -> String {
-        format!("{what}.{}", self.0.unnamed.fetch_add(1, Ordering::Relaxed))
+        let number = self.0.unnamed.fetch_add(1, Ordering::Relaxed);
+        match self.0.number {
+            WORLD => format!("{what}.{number}"),
+            set => format!("set {set}.{what}.{number}"),
+        }
     }
 }
 

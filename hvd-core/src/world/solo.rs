@@ -6,7 +6,7 @@ use crate::engine::submission::{Completion, OpKind, Output, Submission};
 use crate::wire;
 
 /// What every operation comes down to when there is nobody else: a copy, times the scale factors.
-pub(super) fn carry_out(submission: Submission, observers: &Observers) -> Completion {
+pub(super) fn carry_out(submission: Submission, rank: usize, observers: &Observers) -> Completion {
     let Submission { name, kind, dtype, shape, input, output, .. } = submission;
     let output = match output {
         Output::InPlace => input.clone(),
@@ -28,6 +28,7 @@ pub(super) fn carry_out(submission: Submission, observers: &Observers) -> Comple
         OpKind::Allgather | OpKind::Alltoall { .. } => shape.first().copied().into_iter().collect(),
         _ => Vec::new(),
     };
+    let number = if kind == OpKind::Join { rank } else { 0 };
     observers.tell(&name, Phase::Done);
-    Completion { output, first_dims }
+    Completion { first_dims, number, ..Completion::new(output) }
 }

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use super::{Finished, Operation, Simple, inputs};
 use crate::collective::{AdasumAllreduce, Collective, DoublingAllreduce, Reduction, RingAllreduce, even_chunks};
 use crate::dtype::DType;
-use crate::engine::Backend;
+use crate::engine::backend::Backend;
 use crate::engine::fusion::{Batch, Route};
 use crate::engine::staging::{Conversion, Staging};
-use crate::engine::submission::Allreduce;
+use crate::engine::submission::{Allreduce, OpKind, Submission};
 use crate::error::Result;
 use crate::memory::Memory;
-use crate::reduce::ReduceOp;
+use crate::reduce::{self, ReduceOp};
 use crate::shm::{Part, ShmAllreduce, ShmGroup, ShmInPlaceAllreduce};
 
 /// How elements are treated from end to end.
@@ -19,22 +19,48 @@ use crate::shm::{Part, ShmAllreduce, ShmGroup, ShmInPlaceAllreduce};
 pub(super) struct Treatment {
     pub(super) conversion: Conversion,
     pub(super) reduction: Reduction,
+    /// Integer sums are divided by this at the end.
+    floor_by: Option<usize>,
 }
 
 impl Treatment {
     /// An average that travels in fp16 is divided before it is narrowed, or its sum might overflow. Otherwise the owner of
-    /// a chunk divides and scales, with one rounding; a result that is widened afterwards is scaled then.
-    pub(super) fn of(options: Allreduce, user: DType, ranks: usize, partial_sums_travel: bool) -> Self {
+    /// a chunk divides and scales, with one rounding; a result that is widened afterwards is scaled then. An average over
+    /// only some of the ranks, as others have joined, is a scaled sum, or, of integers, a sum that is divided at the end.
+    pub(super) fn of(batch: &Batch, ranks: usize, partial_sums_travel: bool) -> Self {
+        let Submission { dtype: user, kind, .. } = &batch.items[0].submission;
+        // Those of this rank: what stands in for a rank that has joined is not scaled beforehand.
+        let (user, mut options) = match kind {
+            OpKind::Allreduce(options) | OpKind::Reducescatter(options) => (*user, *options),
+            _ => (*user, Allreduce::sum()),
+        };
         let wire = options.compression.wire_dtype(user);
         let narrow = wire == DType::F16 && (user != wire || partial_sums_travel);
-        let (op, prescale) = match options.op == ReduceOp::Average && narrow {
-            true => (ReduceOp::Sum, options.prescale / ranks as f64),
-            false => (options.op, options.prescale),
-        };
+        let (averages, contributors) = (options.op == ReduceOp::Average, batch.contributors.max(1));
+        let mut floor_by = None;
+        if averages && (narrow || contributors != ranks) {
+            options.op = ReduceOp::Sum;
+            match (user.is_float(), narrow) {
+                (true, true) => options.prescale /= contributors as f64,
+                (true, false) => options.postscale /= contributors as f64,
+                (false, _) => floor_by = Some(contributors),
+            }
+        }
+        let Allreduce { op, prescale, .. } = options;
         let scaled_by_owner = wire == user && op.is_elementwise();
         let (scale, postscale) = if scaled_by_owner { (options.postscale, 1.0) } else { (1.0, options.postscale) };
         let conversion = Conversion { user, wire, prescale, postscale };
-        Treatment { conversion, reduction: Reduction { dtype: wire, op, scale } }
+        Treatment { conversion, reduction: Reduction { dtype: wire, op, scale }, floor_by }
+    }
+
+    /// What is left to do once the results are where they belong.
+    pub(super) fn finish(&self, outputs: &[Memory]) {
+        let Some(contributors) = self.floor_by else { return };
+        let average = Reduction::new(self.conversion.user, ReduceOp::Average);
+        for output in outputs {
+            // SAFETY: the collective is done and the handles are not complete yet: nobody else uses the memory.
+            reduce::finish(&average, contributors, unsafe { output.as_mut_slice() });
+        }
     }
 
     /// The part between the conversions.
@@ -50,11 +76,10 @@ impl Treatment {
 }
 
 /// Prepares the allreduce of tensors of one type.
-pub(super) fn start(options: Allreduce, batch: &mut Batch, backend: &mut Backend) -> Result<Box<dyn Operation>> {
-    let Batch { items, route, segment_bytes, .. } = batch;
-    let (route, segment_bytes) = (*route, *segment_bytes);
-    let user = items[0].submission.dtype;
-    let treatment = Treatment::of(options, user, backend.size, !route.is_shared());
+pub(super) fn start(batch: &mut Batch, backend: &mut Backend) -> Result<Box<dyn Operation>> {
+    let (route, segment_bytes) = (batch.route, batch.segment_bytes);
+    let treatment = Treatment::of(batch, backend.size, !route.is_shared());
+    let items = &mut batch.items;
     let inputs = inputs(items);
     let outputs: Vec<_> = items.iter_mut().map(|item| item.resolve_output(item.submission.input.len())).collect();
     match (&backend.shared, route) {
@@ -73,14 +98,17 @@ fn in_shared_memory(
     outputs: Vec<Memory>,
     group: Arc<ShmGroup>,
 ) -> Result<Box<dyn Operation>> {
-    let Treatment { conversion: Conversion { user, prescale, postscale, .. }, reduction } = treatment;
+    let Treatment { conversion: Conversion { user, prescale, postscale, .. }, reduction, .. } = treatment;
     let part = |(input, output): (Memory, &Memory)| {
         let elements = input.len() / user.size();
         Part { input, output: output.clone(), elements }
     };
     let parts = inputs.into_iter().zip(&outputs).map(part).collect();
     let collective = ShmAllreduce::new(group, parts, user, reduction, prescale, postscale)?;
-    Ok(Simple::operation(collective, || Finished { outputs, ..Finished::default() }))
+    Ok(Simple::operation(collective, move || {
+        treatment.finish(&outputs);
+        Finished { outputs, ..Finished::default() }
+    }))
 }
 
 fn over_transport(
@@ -90,7 +118,7 @@ fn over_transport(
     (route, segment_bytes): (Route, usize),
     backend: &mut Backend,
 ) -> Result<Box<dyn Operation>> {
-    let Treatment { conversion, reduction } = treatment;
+    let Treatment { conversion, reduction, .. } = treatment;
     let chunks = match route {
         _ if !reduction.op.is_elementwise() => AdasumAllreduce::chunks(backend.size),
         Route::Ring => backend.size,
@@ -116,8 +144,9 @@ fn over_transport(
         Route::Ring => Box::new(RingAllreduce::new(rank, size, buffer, chunks, reduction, tag, segment_bytes)),
         _ => Box::new(DoublingAllreduce::new(rank, size, buffer, reduction, tag)),
     };
-    Ok(Simple::operation(collective, || {
+    Ok(Simple::operation(collective, move || {
         let buffer = staging.copy_out(&outputs);
+        treatment.finish(&outputs);
         Finished { outputs, buffer, ..Finished::default() }
     }))
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Finished, Operation, allgather};
 use crate::collective::{BruckAlltoall, Collective, PairwiseAlltoall, Splits};
-use crate::engine::Backend;
+use crate::engine::backend::Backend;
 use crate::engine::fusion::Batch;
 use crate::engine::submission::{OpKind, Output, Submission};
 use crate::error::{Error, Result};

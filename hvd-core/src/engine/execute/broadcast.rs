@@ -2,14 +2,16 @@
 
 use super::{Finished, Operation, Simple, copy_bytes};
 use crate::collective::{Broadcast, Collective};
-use crate::engine::Backend;
+use crate::engine::backend::Backend;
 use crate::engine::fusion::Batch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::shm::ShmBroadcast;
 
-/// Prepares the broadcast of one tensor.
+/// Prepares the broadcast of one tensor. `root`: a rank of the world.
 pub(super) fn start(root: usize, batch: &mut Batch, backend: &mut Backend) -> Result<Box<dyn Operation>> {
     let item = &mut batch.items[0];
+    let not_here = || Error::Invalid(format!("`{}`: root {root} is not in the process set", item.submission.name));
+    let root = backend.position(root).ok_or_else(not_here)?;
     let input = item.submission.input.clone();
     let output = item.resolve_output(input.len());
     if backend.rank == root {

@@ -6,11 +6,13 @@ mod alltoall;
 mod broadcast;
 mod reducescatter;
 
+use super::Observers;
+use super::backend::Backend;
+use super::entry::Item;
 use super::fusion::{Batch, Route};
 use super::message::SignatureKind;
 use super::observe::Phase;
 use super::submission::Completion;
-use super::{Backend, Item, Observers};
 use crate::collective::Collective;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -100,11 +102,11 @@ impl Execution {
     pub fn start(mut batch: Batch, backend: &mut Backend, observers: &Observers) -> Result<Self> {
         observers.tell_all(&batch.items, Phase::CopyIn);
         let started = match batch.kind {
-            SignatureKind::Allreduce(options) => allreduce::start(options.into(), &mut batch, backend),
+            SignatureKind::Allreduce(_) => allreduce::start(&mut batch, backend),
             SignatureKind::Broadcast { root } => broadcast::start(root as usize, &mut batch, backend),
             SignatureKind::Allgather => allgather::start(&mut batch, backend),
             SignatureKind::Alltoall | SignatureKind::UnfitAlltoall { .. } => alltoall::start(&mut batch, backend),
-            SignatureKind::Reducescatter(options) => reducescatter::start(options.into(), &mut batch, backend),
+            SignatureKind::Reducescatter(_) => reducescatter::start(&mut batch, backend),
             SignatureKind::Barrier => Ok(Box::new(Agreed) as Box<dyn Operation>),
         };
         let Batch { route, items, .. } = batch;
@@ -149,7 +151,7 @@ impl Execution {
         let first_dims = first_dims.into_iter().map(Some).chain(std::iter::repeat(None));
         for ((item, output), first_dims) in items.into_iter().zip(outputs).zip(first_dims) {
             observers.tell(&item.submission.name, Phase::Done);
-            item.complete(Ok(Completion { output, first_dims: first_dims.unwrap_or_default() }));
+            item.complete(Ok(Completion { first_dims: first_dims.unwrap_or_default(), ..Completion::new(output) }));
         }
         buffer
     }

@@ -5,10 +5,10 @@ use std::ops::Range;
 use super::allreduce::Treatment;
 use super::{Finished, Operation, Simple, inputs};
 use crate::collective::{Collective, Reducescatter, even_chunks};
+use crate::engine::backend::Backend;
+use crate::engine::entry::Item;
 use crate::engine::fusion::Batch;
 use crate::engine::staging::{Conversion, Staging, consecutive};
-use crate::engine::submission::Allreduce;
-use crate::engine::{Backend, Item};
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::shm::ShmReducescatter;
@@ -16,10 +16,10 @@ use crate::wire;
 
 /// Prepares the reducescatter of tensors of one type. Several, or those that are converted for a transport, go through a
 /// buffer in which each rank's shares of all of them are one chunk.
-pub(super) fn start(options: Allreduce, batch: &mut Batch, backend: &mut Backend) -> Result<Box<dyn Operation>> {
+pub(super) fn start(batch: &mut Batch, backend: &mut Backend) -> Result<Box<dyn Operation>> {
+    let user = batch.items[0].submission.dtype;
+    let treatment = Treatment::of(batch, backend.size, false);
     let Batch { items, segment_bytes, .. } = batch;
-    let user = items[0].submission.dtype;
-    let treatment = Treatment::of(options, user, backend.size, false);
     let shares: Vec<_> = items.iter().map(|item| shares(&item.submission.shape, backend.size)).collect();
     let own: Vec<_> = shares.iter().map(|shares| shares[backend.rank].len()).collect();
     let resolve = |(item, elements): (&mut Item, &usize)| item.resolve_output(elements * user.size());
@@ -27,7 +27,10 @@ pub(super) fn start(options: Allreduce, batch: &mut Batch, backend: &mut Backend
     if let ([item], [output], true) = (&items[..], &outputs[..], treatment.is_plain() || backend.shared.is_some()) {
         let input = item.submission.input.clone();
         let collective = collective(treatment, input, output.clone(), shares[0].clone(), *segment_bytes, backend)?;
-        return Ok(Simple::operation(collective, || Finished { outputs, ..Finished::default() }));
+        return Ok(Simple::operation(collective, move || {
+            treatment.finish(&outputs);
+            Finished { outputs, ..Finished::default() }
+        }));
     }
     // In shared memory elements are converted on the way through it.
     let (outside, inside) = match backend.shared {
@@ -40,6 +43,7 @@ pub(super) fn start(options: Allreduce, batch: &mut Batch, backend: &mut Backend
     let collective = collective(inside, staging.buffer(), result.clone(), staging.chunks(), *segment_bytes, backend)?;
     Ok(Simple::operation(collective, move || {
         hand_out(&result, outside, &own, &outputs);
+        treatment.finish(&outputs);
         Finished { outputs, buffer: staging.into_buffer(), ..Finished::default() }
     }))
 }
@@ -52,7 +56,7 @@ fn collective(
     segment_bytes: usize,
     backend: &mut Backend,
 ) -> Result<Box<dyn Collective>> {
-    let Treatment { conversion: Conversion { user, prescale, postscale, .. }, reduction } = treatment;
+    let Treatment { conversion: Conversion { user, prescale, postscale, .. }, reduction, .. } = treatment;
     let (rank, tag) = (backend.rank, backend.next_tag());
     Ok(match backend.shared.clone() {
         Some(group) => {
