@@ -277,6 +277,15 @@ int hvd_set_deterministic(int on, int warn_only) {
   });
 }
 
+// A tensor of `count` bytes over memory of somebody else. Calls `drop(context)` once, when the last reference to its
+// storage is gone, or at once where it fails.
+int hvd_over_memory(void* data, int64_t count, HookDrop drop, void* context, Tensor** result) {
+  std::shared_ptr<void> owner(context, drop);
+  return guarded([&] {
+    *result = new Tensor(at::from_blob(data, {count}, [owner](void*) {}, at::TensorOptions().dtype(at::kByte)));
+  });
+}
+
 // Loads a library for the whole process. Null, or why not.
 const char* hvd_dlopen(const char* name) {
   if (dlopen(name, RTLD_NOW | RTLD_GLOBAL)) return nullptr;

@@ -3,7 +3,7 @@
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hvd_core::{DType, Memory};
+use hvd_core::{DType, Memory, World};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -49,6 +49,19 @@ pub(crate) fn of(tensor: &Tensor) -> Result<Memory> {
     let owner = Arc::new(Keep(tensor.shallow_clone()));
     // SAFETY: a contiguous CPU tensor has its elements in one span from its data pointer; the owner holds the storage.
     Ok(unsafe { Memory::from_raw_parts(start, len, Some(owner)) })
+}
+
+/// A flat tensor of zeros, in memory that the ranks reduce in place where there is such. All ranks must call it.
+pub(crate) fn shared_zeros(world: &World, elements: usize, kind: Kind, device: Device) -> Result<Tensor> {
+    let bytes = elements.saturating_mul(dtype(kind)?.size());
+    let shared = match device {
+        Device::Cpu => world.shared_memory(bytes)?,
+        _ => None,
+    };
+    Ok(match shared {
+        Some(memory) => crate::shim::over_memory(memory)?.f_view_dtype(kind)?,
+        None => Tensor::f_zeros([elements as i64], (kind, device))?,
+    })
 }
 
 /// Makes tensors of a size that only the operation knows.

@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 
+use hvd_core::Memory;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
@@ -53,6 +54,13 @@ unsafe extern "C" {
         eps: f64,
     ) -> c_int;
     fn hvd_set_deterministic(on: c_int, warn_only: c_int) -> c_int;
+    fn hvd_over_memory(
+        data: *mut c_void,
+        count: i64,
+        drop: extern "C" fn(*mut c_void),
+        context: *mut c_void,
+        result: *mut *mut C_tensor,
+    ) -> c_int;
     fn hvd_dlopen(name: *const c_char) -> *const c_char;
 }
 
@@ -90,6 +98,22 @@ extern "C" fn drop_hook(context: *mut c_void) {
     // SAFETY: as in `call_hook`; the shim calls this once, last.
     let hook = unsafe { Box::from_raw(context.cast::<HookFn>()) };
     let _ = catch_unwind(AssertUnwindSafe(|| drop(hook)));
+}
+
+extern "C" fn drop_memory(context: *mut c_void) {
+    // SAFETY: `over_memory` made the context from a boxed `Memory`; the shim calls this once, last.
+    let memory = unsafe { Box::from_raw(context.cast::<Memory>()) };
+    let _ = catch_unwind(AssertUnwindSafe(|| drop(memory)));
+}
+
+/// A tensor of bytes over all of `memory`, which it keeps.
+pub(crate) fn over_memory(memory: Memory) -> Result<Tensor> {
+    let (data, count) = (memory.as_ptr().cast(), memory.len() as i64);
+    let (context, mut tensor) = (Box::into_raw(Box::new(memory)).cast(), null_mut());
+    // SAFETY: the shim owns the context from here on, also when it fails; the context keeps the data valid.
+    check(unsafe { hvd_over_memory(data, count, drop_memory, context, &mut tensor) })?;
+    // SAFETY: the shim made the tensor for us.
+    Ok(unsafe { Tensor::from_ptr(tensor) })
 }
 
 pub(crate) fn hook_set(leaf: &Tensor, hook: HookFn) -> Result<()> {

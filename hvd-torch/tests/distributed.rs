@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Mlp, distance, numbers, ranks, values, watched};
+use common::{Mlp, distance, numbers, ranks, ranks_sharing, values, watched};
 use hvd_torch::{
     AdamW, Builder, Compression, DistributedOptimizer, Optimizer, ParamGroup, ReduceOp, TchOptimizer, World, set_grad,
 };
@@ -341,5 +341,37 @@ fn ranks_with_other_parameters_are_refused() {
             builder(&world, &mlp).build().map(drop).unwrap_err().to_string()
         });
         assert!(errors.iter().all(|error| error.contains("rank 1 wraps other parameters")), "{errors:?}");
+    });
+}
+
+#[test]
+fn gradients_in_shared_memory_are_averaged_and_outlive_the_world() {
+    watched(|| {
+        for (kind, bucket_bytes) in [(Kind::Float, 1 << 20), (Kind::Double, 60_000), (Kind::BFloat16, 1)] {
+            let gradients = ranks_sharing(3, |world| {
+                let param = |at: i64| {
+                    (format!("{at}"), Tensor::ones([90, 90 + at], (kind, Device::Cpu)).set_requires_grad(true))
+                };
+                let params: Vec<_> = (0..3).map(param).collect();
+                let own = params.iter().map(|(name, param)| (name.clone(), param.shallow_clone())).collect();
+                let builder = DistributedOptimizer::builder(adamw(own)).world(world.clone());
+                let mut optimizer = builder.bucket_bytes(bucket_bytes).build().unwrap();
+                for step in 0..3 {
+                    let factor = (step + world.rank() as i64) as f64;
+                    let losses = params.iter().map(|(_, param)| (param * factor).sum(Kind::Double));
+                    losses.sum::<Tensor>().backward();
+                    optimizer.synchronize().unwrap();
+                    for (_, param) in &params {
+                        let off = param.grad().to_kind(Kind::Double) - (step + 1) as f64;
+                        assert_eq!(off.abs().max().double_value(&[]), 0.0);
+                    }
+                    optimizer.step().unwrap();
+                    optimizer.zero_grad().unwrap();
+                }
+                params.iter().for_each(|(_, param)| _ = param.grad().fill_(7));
+                params.iter().map(|(_, param)| param.grad()).collect::<Vec<_>>()
+            });
+            assert!(gradients.iter().flatten().all(|grad| grad.mean(Kind::Double).double_value(&[]) == 7.0));
+        }
     });
 }

@@ -45,17 +45,20 @@ impl World {
     pub fn shared_buffer<T: Element>(&self, len: usize) -> Result<SharedBuffer<T>> {
         let bytes = len.checked_mul(size_of::<T>());
         let bytes = bytes.ok_or_else(|| Error::Invalid(format!("a shared buffer of {len} elements is too large")))?;
-        Ok(SharedBuffer { memory: self.shared_memory(bytes)?, elements: PhantomData })
+        let memory = self.shared_memory(bytes)?.unwrap_or_else(|| Memory::zeroed(bytes));
+        Ok(SharedBuffer { memory, elements: PhantomData })
     }
 
     /// As [`World::shared_buffer`], for those who hand memory to
     /// [`ProcessSet::submit`](super::ProcessSet::submit) themselves.
     ///
+    /// `None` on all ranks where there is no such memory. It is aligned to a page.
+    ///
     /// # Errors
     /// As [`World::shared_buffer`].
-    pub fn shared_memory(&self, bytes: usize) -> Result<Memory> {
+    pub fn shared_memory(&self, bytes: usize) -> Result<Option<Memory>> {
         let world = self.0.world();
-        let Some(group) = &world.shared else { return Ok(Memory::zeroed(bytes)) };
+        let Some(group) = &world.shared else { return Ok(None) };
         let region = ShmRegion::new(group.clone(), bytes)
             .inspect_err(|error| tracing::warn!(%error, "gradients and the like are copied instead"));
         let number = world.shared_buffers.fetch_add(1, Ordering::Relaxed);
@@ -67,8 +70,8 @@ impl World {
         }
         let starts = all.into_iter().map(|(_, start)| start.and_then(|start| usize::try_from(start).ok()));
         match (region, starts.collect()) {
-            (Ok(region), Some(starts)) => region.bind(number, starts),
-            _ => Ok(Memory::zeroed(bytes)),
+            (Ok(region), Some(starts)) => region.bind(number, starts).map(Some),
+            _ => Ok(None),
         }
     }
 

@@ -2,10 +2,12 @@
 
 use std::ffi::c_void;
 
+use hvd_core::World;
 use tch::Tensor;
 
 use super::plan::BucketPlan;
 use crate::error::Result;
+use crate::memory;
 use crate::ops::TensorHandle;
 use crate::shim;
 
@@ -41,9 +43,9 @@ pub(super) struct Bucket {
 }
 
 impl Bucket {
-    /// Makes the flat tensor and lets the parameters' gradients live in it.
-    pub(super) fn new(name: String, plan: &BucketPlan, params: &[(String, Tensor)]) -> Result<Bucket> {
-        let flat = Tensor::f_zeros([plan.elements as i64], (plan.kind, plan.device))?;
+    /// Makes the flat tensor, which the ranks of a host reduce in place, and lets the parameters' gradients live in it.
+    pub(super) fn new(name: String, plan: &BucketPlan, params: &[(String, Tensor)], world: &World) -> Result<Bucket> {
+        let flat = memory::shared_zeros(world, plan.elements, plan.kind, plan.device)?;
         let member = |place: &super::plan::Place| {
             let (name, param) = &params[place.param];
             Member::new(name.clone(), param.shallow_clone(), &flat, place.offset)

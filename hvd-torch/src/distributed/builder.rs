@@ -110,7 +110,7 @@ impl<O: Optimizer> Builder<O> {
         // The hooks first: they tell whether the parameters are free, before any gradient is moved.
         let reduction = Allreduce::new(self.op).compression(self.compression);
         let (buckets, passes) = (Vec::new(), self.passes);
-        let state = State { world, reduction, buckets, passes, synchronized: false, failure: None };
+        let state = State { world: world.clone(), reduction, buckets, passes, synchronized: false, failure: None };
         let shared = Arc::new(Shared::new(state, self.on_gradient));
         let mut hooks = Vec::with_capacity(params.len());
         for (at, plan) in plans.iter().enumerate() {
@@ -118,7 +118,7 @@ impl<O: Optimizer> Builder<O> {
                 hooks.push(attach(&shared, &params[place.param], at, member)?);
             }
         }
-        let bucket = |(at, plan)| Bucket::new(format!("{}.bucket.{at}", self.name), plan, &params);
+        let bucket = |(at, plan)| Bucket::new(format!("{}.bucket.{at}", self.name), plan, &params, &world);
         let buckets = plans.iter().enumerate().map(bucket).collect::<Result<Vec<_>>>()?;
         shared.lock().buckets = buckets;
         Ok(DistributedOptimizer { optimizer: self.optimizer, shared, _hooks: hooks })

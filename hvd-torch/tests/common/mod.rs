@@ -17,6 +17,15 @@ pub fn ranks<R: Send>(size: usize, rank: impl Fn(World) -> R + Sync) -> Vec<R> {
     })
 }
 
+/// As [`ranks`], with memory that the ranks share as the processes of one host do.
+pub fn ranks_sharing<R: Send>(size: usize, rank: impl Fn(World) -> R + Sync) -> Vec<R> {
+    World::threads_sharing(size, &Default::default(), |world| {
+        let result = rank(world.clone());
+        world.shutdown().unwrap();
+        result
+    })
+}
+
 /// Numbers in (-1, 1) that look random, the same for the same `seed`.
 pub fn numbers(size: &[i64], kind: Kind, seed: i64) -> Tensor {
     let count: i64 = size.iter().product();
