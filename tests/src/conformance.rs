@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
 use hvd_core::collective::even_chunks;
-use hvd_core::{Allreduce, Compression, Element, ReduceOp, World};
+use hvd_core::{Allreduce, Compression, Element, ProcessSet, ReduceOp, World};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -13,6 +13,8 @@ use rand_chacha::ChaCha8Rng;
 /// The first operation that fails, or whose result is not as it should be.
 pub fn run(world: &World, seed: u64, cases: usize) -> Result<()> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let neighbours: Vec<_> = (world.rank() % 2..world.size()).step_by(2).collect();
+    let set = world.process_set(&neighbours)?.context("this rank is in its own set")?;
     for case in 0..cases {
         // Mostly small, sometimes none, now and then larger than any staging area.
         let elements = match random.random_range(0..10) {
@@ -24,7 +26,7 @@ pub fn run(world: &World, seed: u64, cases: usize) -> Result<()> {
         let op = op[random.random_range(0..op.len())];
         let compression = [Compression::None, Compression::Fp16, Compression::Bf16][random.random_range(0..3)];
         let options = Allreduce::new(op).compression(compression);
-        let run = Case { world, name: format!("case {case}"), elements, options, seed: random.random() };
+        let run = Case { world, set: &set, name: format!("case {case}"), elements, options, seed: random.random() };
         match random.random_range(0..10) {
             0 => run.check::<f16>()?,
             1 => run.check::<bf16>()?,
@@ -89,6 +91,8 @@ numbers! {
 
 struct Case<'a> {
     world: &'a World,
+    /// Every other rank, this one among them.
+    set: &'a ProcessSet,
     name: String,
     elements: usize,
     options: Allreduce,
@@ -135,7 +139,15 @@ impl Case<'_> {
         world.grouped_allreduce(&self.name("group"), &mut [&mut part, &mut whole], *options)?;
         ensure!(whole == data, "the same operation in a group gave other bits");
         self.check_reduced(&data, &self.tensors(), 0)?;
-        self.check_same_bits(&data)
+        self.check_same_bits(&data)?;
+        self.allreduce_in_set::<T>()
+    }
+
+    fn allreduce_in_set<T: Number>(&self) -> Result<()> {
+        let mut data = self.tensor::<T>(self.world.rank(), self.elements);
+        self.set.allreduce(&self.name, &mut data, self.options)?;
+        let members: Vec<_> = self.set.ranks().iter().map(|&rank| self.tensor(rank, self.elements)).collect();
+        self.check_reduced(&data, &members, 0).with_context(|| format!("{:?}", self.set))
     }
 
     /// `got` are the reduced elements from `start` on.
@@ -198,7 +210,21 @@ impl Case<'_> {
         ensure!(gathered == expected, "a wrong allgather");
         let grouped = world.grouped_allgather(&self.name("gathers"), &[&own, &[]])?;
         ensure!(grouped == [expected, Vec::new()], "a wrong grouped allgather");
+        self.message::<T>()?;
         self.alltoall::<T>()
+    }
+
+    fn message<T: Number>(&self) -> Result<()> {
+        let (rank, size) = (self.world.rank(), self.world.size());
+        let (next, previous, tag) = ((rank + 1) % size, (rank + size - 1) % size, self.seed as u32 % 3);
+        if next == rank {
+            return Ok(());
+        }
+        let sending = self.world.send_async(next, tag, self.tensor::<T>(rank, self.elements))?;
+        let received = self.world.recv::<T>(previous, tag)?;
+        sending.wait()?;
+        ensure!(received == self.tensor::<T>(previous, self.elements), "a wrong message");
+        Ok(())
     }
 
     fn alltoall<T: Number>(&self) -> Result<()> {
