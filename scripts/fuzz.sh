@@ -44,7 +44,8 @@ build() {
     local host
     host=$(rustc -vV | sed -n 's/^host: //p')
     BINARIES=$TARGET/fuzz/$host/release
-    RUSTFLAGS=$COVERAGE cargo build --locked --release --manifest-path fuzz/Cargo.toml --target "$host" --target-dir "$TARGET/fuzz"
+    cp Cargo.lock fuzz/Cargo.lock # cargo drops what the package does not need
+    RUSTFLAGS=$COVERAGE cargo build --release --manifest-path fuzz/Cargo.toml --target "$host" --target-dir "$TARGET/fuzz"
     done_ "built"
 }
 
