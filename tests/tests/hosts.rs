@@ -15,10 +15,20 @@ fn conformance(hosts: &Hosts, ranks: &[usize], backend: &str) -> Job {
 
 #[test]
 fn all_operations_are_right_on_even_and_uneven_hosts() {
-    for ranks in [&[2, 2][..], &[2, 1], &[1, 1, 1], &[3, 1, 2]] {
+    let cases =
+        [(&[2, 2][..], "hierarchical"), (&[2, 1], "hierarchical"), (&[3, 1, 2], "hierarchical"), (&[1, 1, 1], "tcp")];
+    for (ranks, backend) in cases {
         let Some(hosts) = Hosts::new(ranks.len()) else { return };
         let hosts = hosts.limit("1gbit");
-        conformance(&hosts, ranks, "tcp").run().assert_success();
+        conformance(&hosts, ranks, backend).run().assert_success();
+    }
+}
+
+#[test]
+fn ranks_that_must_not_share_memory_or_reduce_within_their_host_use_one_ring() {
+    let Some(hosts) = Hosts::new(2) else { return };
+    for (variable, backend) in [("HVD_SHM", "tcp"), ("HVD_HIERARCHICAL_ALLREDUCE", "tcp")] {
+        conformance(&hosts, &[2, 2], backend).var(variable, 0).run().assert_success();
     }
 }
 

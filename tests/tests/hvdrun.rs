@@ -283,10 +283,11 @@ const HERE: &str = "echo Welcome to $1; echo motd >&2; shift; exec sh -c \"$*\""
 
 #[test]
 fn hosts_that_are_reached_by_ssh_form_one_world() {
+    // That they are one host after all, the ranks find out.
     let (_folder, ssh) = stand_in(HERE);
     let hosts = ["-H", "127.0.0.2:2,127.0.0.3:1", "--ssh-command", &ssh, "--network-interface", "lo"];
     let seed = hvd_tests::seed().to_string();
-    let args = ["conformance", "--expect-backend", "tcp", "--seed", &seed];
+    let args = ["conformance", "--expect-backend", "shm", "--seed", &seed];
     worker(3, &args).launcher_args(hosts).run().assert_success();
     let finished = worker(3, &["topology"]).launcher_args(hosts).run();
     let place = "Topology { rank: 2, size: 3, local_rank: 0, local_size: 1, cross_rank: 1, cross_size: 2 }";

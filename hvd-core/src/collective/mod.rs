@@ -8,6 +8,7 @@
 //! | [`RingAllreduce`] | 2(n-1) | 2(n-1)/n · B |
 //! | [`RingReduceScatter`] | n-1 | (n-1)/n · B |
 //! | [`Allgather`] | n-1 | all parts but its successor's |
+//! | [`HierarchicalAllreduce`] of h hosts in p parts | 2(h-1) between hosts | 2(h-1)/(h·p) · B to other hosts |
 //! | [`DoublingAllreduce`] | ⌈log₂ n⌉, up to 2 more if n is no power of two | ⌊log₂ n⌋ · B, up to B more |
 //! | [`Broadcast`] | ⌈log₂ n⌉ | B per child, at most ⌈log₂ n⌉ of them |
 //! | [`Reducescatter`] | 1, of n-1 messages | (n-1)/n · B |
@@ -26,6 +27,8 @@ mod alltoall;
 mod barrier;
 mod broadcast;
 mod doubling;
+mod hierarchical;
+mod hosts;
 mod pair;
 mod pipe;
 mod reducescatter;
@@ -43,6 +46,8 @@ pub use alltoall::{BruckAlltoall, PairwiseAlltoall, Splits};
 pub use barrier::Barrier;
 pub use broadcast::Broadcast;
 pub use doubling::DoublingAllreduce;
+pub use hierarchical::HierarchicalAllreduce;
+pub use hosts::{Hosts, Sharing, share};
 pub use pair::{Allocate, Landing, ReceiveFrom, SendTo};
 pub use reducescatter::Reducescatter;
 pub use ring::{Allgather, RingAllreduce, RingReduceScatter, even_chunks};

@@ -36,7 +36,8 @@ pub(super) struct Relay {
     reduction: Option<Reduction>,
     /// Fills the buffer and takes its results; `None` where it is full from the start and they stay there.
     pub(super) feed: Option<Box<dyn Feed>>,
-    size: usize,
+    /// How many ranks' elements the results combine.
+    pub ranks: usize,
     next: usize,
     previous: usize,
     tag: Tag,
@@ -75,7 +76,7 @@ impl Relay {
             buffer,
             reduction,
             feed: None,
-            size,
+            ranks: size,
             next: (rank + 1) % size,
             previous: (rank + size - 1) % size,
             tag,
@@ -196,7 +197,7 @@ impl Relay {
         let Some(reduction) = &self.reduction else { return };
         let segment = self.buffer.slice(self.path.segments[index].clone());
         // SAFETY: as in `accumulate`.
-        reduce::finish(reduction, self.size, unsafe { segment.as_mut_slice() });
+        reduce::finish(reduction, self.ranks, unsafe { segment.as_mut_slice() });
     }
 
     fn post_sends(&mut self, transport: &mut dyn Transport) -> Result<bool> {

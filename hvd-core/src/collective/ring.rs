@@ -75,6 +75,12 @@ impl RingAllreduce {
         RingAllreduce(Relay::new(rank, size, buffer, path, Some(reduction), tag))
     }
 
+    /// Says that what the buffers hold was combined from `ranks` ranks in all, by which Average divides.
+    pub fn over_ranks(mut self, ranks: usize) -> Self {
+        self.0.ranks = ranks;
+        self
+    }
+
     /// Has `feed`, if there is one, fill the buffer and take the results, segment by segment while others travel.
     pub fn fed_by(mut self, feed: Option<Box<dyn Feed>>) -> Self {
         self.0.feed = feed;

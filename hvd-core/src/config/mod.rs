@@ -117,6 +117,9 @@ pub struct Config {
     /// Tensors up to this size are reduced by recursive doubling, larger ones in a ring. `HVD_DOUBLING_LIMIT_BYTES`;
     /// default 16 KiB.
     pub doubling_limit_bytes: usize,
+    /// Whether ranks on several hosts reduce within each host before and after they go between hosts.
+    /// `HVD_HIERARCHICAL_ALLREDUCE` (0 or 1); default 1.
+    pub hierarchical_allreduce: bool,
     /// Whether ranks of one host use shared memory. `HVD_SHM` (0 or 1); default 1.
     pub shared_memory: bool,
     /// Size of one piece staged in shared memory. `HVD_SHM_SLOT_BYTES`; default 128 KiB.
@@ -181,6 +184,7 @@ impl Default for Config {
             cache_capacity: 1024,
             segment_bytes: 512 << 10,
             doubling_limit_bytes: 16 << 10,
+            hierarchical_allreduce: true,
             shared_memory: true,
             shm_slot_bytes: 128 << 10,
             spin: Duration::from_micros(50),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::fusion::Route;
 use super::message::SignatureKind;
 use super::submission::{OpKind, Output, Submission};
+use crate::collective::{Hosts, Sharing};
 use crate::config::Config;
 use crate::memory::Memory;
 use crate::shm::{DIRECT_BYTES, Place, ShmGroup};
@@ -20,6 +21,8 @@ pub(crate) struct Backend {
     pub(super) members: Arc<[usize]>,
     /// The memory that all ranks of the set share, if they are on one host.
     pub(super) shared: Option<Arc<ShmGroup>>,
+    /// The hosts, if they are on several and ranks of one share memory. Only the world's own set has them.
+    pub(super) hosts: Option<Arc<Hosts>>,
     pub(super) segment_bytes: usize,
     pub(super) doubling_limit_bytes: usize,
     /// Numbers the operations, so that their messages do not meet.
@@ -29,12 +32,13 @@ pub(crate) struct Backend {
 }
 
 impl Backend {
-    pub(super) fn new(rank: usize, members: Arc<[usize]>, shared: Option<Arc<ShmGroup>>, config: &Config) -> Self {
+    pub(super) fn new(rank: usize, members: Arc<[usize]>, sharing: Sharing, config: &Config) -> Self {
         Backend {
             rank,
             size: members.len(),
             members,
-            shared,
+            shared: sharing.all().cloned(),
+            hosts: sharing.hosts().cloned(),
             segment_bytes: config.segment_bytes,
             doubling_limit_bytes: config.doubling_limit_bytes,
             sequence: 0,
@@ -54,6 +58,7 @@ impl Backend {
             SignatureKind::Allreduce(options) if !options.op.is_elementwise() => Route::Ring,
             _ if self.shared.is_some() => Route::Shared,
             SignatureKind::Allreduce(_) if bytes <= self.doubling_limit_bytes => Route::Doubling,
+            SignatureKind::Allreduce(_) if self.hosts.is_some() => Route::Hierarchical,
             _ => Route::Ring,
         }
     }

@@ -15,12 +15,19 @@ pub enum Route {
     Doubling,
     /// A ring over the transport.
     Ring,
+    /// Within each host through the memory that its ranks share, between hosts in rings.
+    Hierarchical,
 }
 
 impl Route {
-    /// Whether nothing goes over the transport. Such operations keep their order.
+    /// Whether nothing goes over the transport.
     pub fn is_shared(self) -> bool {
         matches!(self, Route::InPlace | Route::Shared)
+    }
+
+    /// Whether memory that ranks share is used, which such operations do in one order.
+    pub fn keeps_order(self) -> bool {
+        self.is_shared() || self == Route::Hierarchical
     }
 }
 

@@ -36,6 +36,7 @@ use self::set::Set;
 use self::stall::{Complaint, StallInspector};
 use self::submission::Completion;
 use self::tuner::Tuner;
+use crate::collective::Sharing;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::shm::ShmGroup;
@@ -98,20 +99,20 @@ pub(crate) enum State {
 }
 
 impl Core {
-    /// `shared`: the memory that all ranks share. `may_share`: whether those of a process set are to try.
+    /// `sharing`: how the ranks share memory. `may_share`: whether those of a process set are to try.
     pub(crate) fn new(
         transport: Box<dyn Transport>,
-        shared: Option<Arc<ShmGroup>>,
+        sharing: Sharing,
         may_share: bool,
         config: &Config,
         observers: Arc<Observers>,
     ) -> Result<Self> {
         let (rank, members) = (transport.rank(), (0..transport.size()).collect());
         let tuner = match rank {
-            0 => Tuner::new(config, shared.is_some())?,
+            0 => Tuner::new(config, sharing.all().is_some())?,
             _ => None,
         };
-        let world = Set::new(WORLD, rank, members, shared, config, tuner);
+        let world = Set::new(WORLD, rank, members, sharing, config, tuner);
         Ok(Core {
             transport,
             sets: BTreeMap::from([(WORLD, world)]),
@@ -303,7 +304,8 @@ impl Core {
             false => None,
         };
         let shares = shared.is_some();
-        let mut set = Set::new(number, rank, members, shared, &self.config, None);
+        let sharing = shared.map_or(Sharing::None, Sharing::All);
+        let mut set = Set::new(number, rank, members, sharing, &self.config, None);
         if self.closing {
             set.close(None);
         }

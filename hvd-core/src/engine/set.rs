@@ -18,10 +18,10 @@ use super::observe::Phase;
 use super::stall::Overdue;
 use super::submission::{Completion, OpKind};
 use super::tuner::{Tuned, Tuner};
+use crate::collective::Sharing;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
-use crate::shm::ShmGroup;
 use crate::transport::Transport;
 use crate::transport::subset::Subset;
 
@@ -49,19 +49,19 @@ pub(super) struct Set {
 }
 
 impl Set {
-    /// The set `number` of `members`, of which this rank is the `rank`th. `shared`: the memory that all of them share.
+    /// The set `number` of `members`, of which this rank is the `rank`th. `sharing`: how they share memory.
     pub(super) fn new(
         number: u32,
         rank: usize,
         members: Arc<[usize]>,
-        shared: Option<Arc<ShmGroup>>,
+        sharing: Sharing,
         config: &Config,
         tuner: Option<Tuner>,
     ) -> Self {
         Set {
             number,
-            negotiation: Negotiation::new(rank, members.clone(), config.cache_capacity, shared.as_ref()),
-            backend: Backend::new(rank, members, shared, config),
+            negotiation: Negotiation::new(rank, members.clone(), config.cache_capacity, sharing.all()),
+            backend: Backend::new(rank, members, sharing, config),
             fusion_threshold_bytes: config.fusion_threshold_bytes,
             tuner,
             waiting: HashMap::new(),
@@ -239,7 +239,7 @@ impl Set {
         let mut shared_is_taken = false;
         let mut at = 0;
         while at < self.running.len() {
-            let shared = self.running[at].route().is_shared();
+            let shared = self.running[at].route().keeps_order();
             if (shared && shared_is_taken) || !self.running[at].poll(transport)? {
                 shared_is_taken |= shared;
                 at += 1;
@@ -297,6 +297,9 @@ impl Set {
 
     /// Announces to the ranks that share memory with this one that it will sleep. `false` if it must not yet.
     pub(super) fn prepare_sleep(&mut self, transport: &mut dyn Transport) -> Result<bool> {
+        if let Some(hosts) = &self.backend.hosts {
+            return hosts.prepare_sleep(transport);
+        }
         let Some(group) = self.backend.shared.clone() else { return Ok(true) };
         match self.number {
             0 => group.prepare_sleep(transport),
@@ -309,7 +312,8 @@ impl Set {
 
     /// Announces that this rank is awake.
     pub(super) fn awake(&self) {
-        if let Some(group) = &self.backend.shared {
+        let group = self.backend.shared.as_ref().or_else(|| self.backend.hosts.as_ref()?.group());
+        if let Some(group) = group {
             group.awake();
         }
     }

@@ -7,6 +7,7 @@ use rustix::process::Signal;
 
 use super::agreement::agree;
 use super::{Backend, Inner, ProcessSet, World, affinity};
+use crate::collective::{self, Sharing};
 use crate::config::{Config, TransportChoice, environment, remarks};
 use crate::engine::timeline::path_on_host;
 use crate::engine::{Core, Engine, Observers, WORLD};
@@ -40,11 +41,19 @@ pub(super) fn world(config: Config) -> Result<World> {
     let mut transport = next_transport(&config, &launch)?;
     let deadline = Instant::now() + config.start_timeout;
     agree(&mut *transport, &config, deadline)?;
-    let shared = match config.shared_memory && topology.is_single_host() {
-        true => ShmGroup::form(&mut *transport, config.shm_slot_bytes, deadline)?,
-        false => None,
-    };
-    observed(start(transport, shared, topology, &config)?, &config)
+    let sharing = sharing(&mut *transport, &config, deadline)?;
+    observed(start(transport, sharing, topology, &config)?, &config)
+}
+
+/// Has ranks of one host share memory, if the settings, which are the same on all ranks, allow it.
+fn sharing(transport: &mut dyn Transport, config: &Config, deadline: Instant) -> Result<Sharing> {
+    if !config.shared_memory {
+        return Ok(Sharing::None);
+    }
+    Ok(match collective::share(transport, config.shm_slot_bytes, deadline)? {
+        Sharing::Within(_) if !config.hierarchical_allreduce => Sharing::None,
+        found => found,
+    })
 }
 
 /// A world with the timeline that its settings ask for.
@@ -78,28 +87,28 @@ pub(super) fn thread_rank(mut transport: ThreadTransport, config: &Config, share
     if size == 1 {
         return observed(wrap(topology, Backend::Solo, Backend::Solo, Arc::default(), None, None), config);
     }
-    let shared = match share {
-        true => ShmGroup::form(&mut transport, config.shm_slot_bytes, Instant::now() + config.start_timeout)?,
-        false => None,
+    let sharing = match share {
+        true => sharing(&mut transport, config, Instant::now() + config.start_timeout)?,
+        false => Sharing::None,
     };
-    observed(start(Box::new(transport), shared, topology, config)?, config)
+    observed(start(Box::new(transport), sharing, topology, config)?, config)
 }
 
-fn start(
-    transport: Box<dyn Transport>,
-    shared: Option<Arc<ShmGroup>>,
-    topology: Topology,
-    config: &Config,
-) -> Result<World> {
+fn start(transport: Box<dyn Transport>, sharing: Sharing, topology: Topology, config: &Config) -> Result<World> {
     let over = match transport.name() {
         "mpi" => Backend::Mpi,
         "thread" => Backend::Thread,
         _ => Backend::Tcp,
     };
-    let backend = if shared.is_some() { Backend::Shm } else { over };
-    let may_share = shared.is_some() || (config.shared_memory && !topology.is_single_host());
+    let backend = match &sharing {
+        Sharing::All(_) => Backend::Shm,
+        Sharing::Within(_) => Backend::Hierarchical,
+        Sharing::None => over,
+    };
+    let may_share = sharing.group().is_some() || (config.shared_memory && !topology.is_single_host());
     let (waiter, observers) = (transport.waiter(), Arc::<Observers>::default());
-    let core = Core::new(transport, shared.clone(), may_share, config, observers.clone())?;
+    let shared = sharing.all().cloned();
+    let core = Core::new(transport, sharing, may_share, config, observers.clone())?;
     let processor = affinity::processor(config, topology.local_rank)?;
     let engine = affinity::inherited(processor, || Engine::start(core, waiter, config.spin))?;
     tracing::debug!(rank = topology.rank, size = topology.size, %backend, "joined the world");

@@ -41,6 +41,8 @@ pub enum Backend {
     Solo,
     /// Memory that the ranks of one host share.
     Shm,
+    /// Memory within each host, the transport between hosts.
+    Hierarchical,
     /// TCP connections.
     Tcp,
     /// The MPI plugin.
@@ -54,6 +56,7 @@ impl std::fmt::Display for Backend {
         f.write_str(match self {
             Backend::Solo => "solo",
             Backend::Shm => "shm",
+            Backend::Hierarchical => "hierarchical",
             Backend::Tcp => "tcp",
             Backend::Mpi => "mpi",
             Backend::Thread => "thread",

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use super::{Finished, Operation, Simple, inputs};
-use crate::collective::{AdasumAllreduce, Collective, DoublingAllreduce, Reduction, RingAllreduce, even_chunks};
+use crate::collective::{
+    AdasumAllreduce, Collective, DoublingAllreduce, HierarchicalAllreduce, Reduction, RingAllreduce, even_chunks,
+};
 use crate::dtype::DType;
 use crate::engine::backend::Backend;
 use crate::engine::fusion::{Batch, Route};
@@ -122,6 +124,7 @@ fn over_transport(
     let chunks = match route {
         _ if !reduction.op.is_elementwise() => AdasumAllreduce::chunks(backend.size),
         Route::Ring => backend.size,
+        Route::Hierarchical => backend.hosts.as_ref().map_or(1, |hosts| hosts.chunks()),
         _ => 1,
     };
     let staging = match (&inputs[..], &outputs[..]) {
@@ -136,12 +139,16 @@ fn over_transport(
     };
     let (rank, size, tag) = (backend.rank, backend.size, backend.next_tag());
     let (buffer, chunks) = (staging.buffer(), staging.chunks());
-    let collective: Box<dyn Collective> = match route {
+    let collective: Box<dyn Collective> = match (route, &backend.hosts) {
         _ if !reduction.op.is_elementwise() => {
             let lengths: Vec<_> = inputs.iter().map(|input| input.len() / conversion.user.size()).collect();
             Box::new(AdasumAllreduce::new(rank, size, buffer, &lengths, reduction.dtype, tag, segment_bytes))
         }
-        Route::Ring => Box::new(RingAllreduce::new(rank, size, buffer, chunks, reduction, tag, segment_bytes)),
+        (Route::Hierarchical, Some(hosts)) => {
+            let hosts = hosts.clone();
+            Box::new(HierarchicalAllreduce::new(hosts, size, buffer, &chunks, reduction, tag, segment_bytes)?)
+        }
+        (Route::Ring, _) => Box::new(RingAllreduce::new(rank, size, buffer, chunks, reduction, tag, segment_bytes)),
         _ => Box::new(DoublingAllreduce::new(rank, size, buffer, reduction, tag)),
     };
     Ok(Simple::operation(collective, move || {
