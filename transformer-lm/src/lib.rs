@@ -9,6 +9,7 @@
 //! | [`checkpoint`] | folders that are either whole or not there |
 //! | [`memory`] | the allocator in a training loop |
 //! | [`metrics`] | the run folder: `metrics.csv`, TensorBoard files, the progress line |
+//! | [`report`] | the curves of runs as a page and a picture |
 //! | [`generate`] | text from a checkpoint, once or as a conversation |
 //! | [`cli`] | the command lines of `train`, `generate` and `lm`; the binaries only call it |
 #![deny(missing_docs)]
@@ -22,6 +23,7 @@ pub mod generate;
 pub mod memory;
 pub mod metrics;
 pub mod model;
+pub mod report;
 pub mod trainer;
 
 pub use checkpoint::{load_checkpoint, save_checkpoint};

@@ -268,6 +268,32 @@ fn the_record_holds_every_figure_and_a_sample() {
     assert_eq!(rows(&run).len() - 1, of("train").len() + of("val").len());
 }
 
+/// The figures that `lm evaluate --json` prints.
+fn evaluated(args: &[&std::ffi::OsStr]) -> serde_json::Value {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lm"));
+    let output = command.args(["evaluate", "--json"]).args(args).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_checkpoint_measured_again_has_the_figures_of_training() {
+    let lab = lab();
+    let run = lab.train("measured", None).unwrap().run.unwrap();
+    let recorded = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let rows = recorded.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let last = rows.filter(|row| row["phase"] == "val").next_back().unwrap();
+    let checkpoint = run.join("final_model");
+    let data = lab.path("data");
+    let figures = evaluated(&["--checkpoint".as_ref(), checkpoint.as_os_str(), "--data".as_ref(), data.as_os_str()]);
+    for name in ["loss", "perplexity", "accuracy", "bits_per_byte", "tokens"] {
+        let (now, then) = (figures[name].as_f64().unwrap(), last[name].as_f64().unwrap());
+        assert!((now - then).abs() <= 1e-6 * then, "{name}: {now} {then}");
+    }
+    let train = evaluated(&["--checkpoint".as_ref(), run.as_os_str(), "--part".as_ref(), "train".as_ref()]);
+    assert!(train["tokens"].as_f64().unwrap() > 1000.0 && train["loss"] != figures["loss"]);
+}
+
 #[test]
 fn bf16_stays_close_to_fp32() {
     let mut lab = lab();

@@ -1,4 +1,4 @@
-//! `lm prepare`, `lm train`, `lm generate`.
+//! `lm prepare`, `lm train`, `lm generate`, `lm evaluate`, `lm report`.
 
 use std::process::ExitCode;
 

@@ -8,12 +8,16 @@ use clap::{Parser, Subcommand};
 
 use crate::{Error, Result};
 
+pub mod evaluate;
 pub mod generate;
 pub mod prepare;
+pub mod report;
 pub mod train;
 
+pub use evaluate::EvaluateArgs;
 pub use generate::GenerateArgs;
 pub use prepare::PrepareArgs;
+pub use report::ReportArgs;
 pub use train::TrainArgs;
 
 /// Train a GPT on several processes and let it speak.
@@ -29,6 +33,8 @@ enum Command {
     Prepare(PrepareArgs),
     Train(TrainArgs),
     Generate(GenerateArgs),
+    Evaluate(EvaluateArgs),
+    Report(ReportArgs),
 }
 
 /// Runs `lm` with its subcommands.
@@ -37,6 +43,8 @@ pub fn run(lm: Lm) -> Result<()> {
         Command::Prepare(args) => prepare::run(args),
         Command::Train(args) => train::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Evaluate(args) => evaluate::run(args),
+        Command::Report(args) => report::run(args),
     }
 }
 
@@ -104,7 +112,7 @@ mod tests {
     #[test]
     fn command_lines_are_consistent() {
         use clap::CommandFactory;
-        Lm::command().debug_assert();
+        Lm::command().debug_assert(); // with every subcommand
         TrainArgs::command().debug_assert();
     }
 }

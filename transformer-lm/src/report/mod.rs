@@ -1,0 +1,34 @@
+//! The curves of one or several runs, as one HTML page that needs no network, and as a PNG.
+
+mod canvas;
+mod chart;
+mod page;
+mod run;
+
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::write_atomically;
+use crate::{Error, Result};
+
+use canvas::{Png, Svg};
+use run::Run;
+
+/// Reads the runs in `folders` and draws them into `html` and, beside it, a file of the same name that ends with `.png`;
+/// gives the latter's path.
+///
+/// # Errors
+/// A folder without metrics, or whose metrics are damaged; files that cannot be written.
+pub fn report(folders: &[PathBuf], html: &Path) -> Result<PathBuf> {
+    let runs: Vec<Run> = folders.iter().map(|folder| Run::read(folder)).collect::<Result<_>>()?;
+    let (width, height) = chart::size(&runs);
+    let mut svg = Svg::new(width, height);
+    chart::draw(&runs, &mut svg);
+    write_atomically(html, page::html(&runs, &svg.finish()).as_bytes())?;
+    let path = html.with_extension("png");
+    let too_large = || Error::Training(format!("a picture of {width} x {height} is too large"));
+    let mut png = Png::new(width, height).ok_or_else(too_large)?;
+    chart::draw(&runs, &mut png);
+    let bytes = png.finish().map_err(|error| Error::io("write", &path)(std::io::Error::other(error)))?;
+    write_atomically(&path, &bytes)?;
+    Ok(path)
+}
