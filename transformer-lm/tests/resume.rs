@@ -281,8 +281,8 @@ fn a_checkpoint_measured_again_has_the_figures_of_training() {
     let lab = lab();
     let run = lab.train("measured", None).unwrap().run.unwrap();
     let recorded = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    let rows = recorded.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    let last = rows.filter(|row| row["phase"] == "val").next_back().unwrap();
+    let mut rows = recorded.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let last = rows.rfind(|row| row["phase"] == "val").unwrap();
     let checkpoint = run.join("final_model");
     let data = lab.path("data");
     let figures = evaluated(&["--checkpoint".as_ref(), checkpoint.as_os_str(), "--data".as_ref(), data.as_os_str()]);
@@ -292,6 +292,82 @@ fn a_checkpoint_measured_again_has_the_figures_of_training() {
     }
     let train = evaluated(&["--checkpoint".as_ref(), run.as_os_str(), "--part".as_ref(), "train".as_ref()]);
     assert!(train["tokens"].as_f64().unwrap() > 1000.0 && train["loss"] != figures["loss"]);
+}
+
+#[test]
+fn a_new_run_may_start_with_the_weights_of_another() {
+    let mut lab = lab();
+    let first = lab.train("first", None).unwrap();
+    let best = first.best_val_loss.unwrap();
+    lab.config.training.init_from = first.run;
+    lab.config.training.learning_rate = 1e-9;
+    lab.config.training.max_steps = Some(1);
+    let tuned = lab.train("tuned", None).unwrap();
+    assert!((tuned.best_val_loss.unwrap() - best).abs() < 1e-4, "{:?} {best}", tuned.best_val_loss);
+    lab.config.training.init_from = Some(lab.path("nowhere"));
+    assert!(lab.train("tuned", None).unwrap_err().to_string().contains("nowhere: there is no such folder"));
+}
+
+#[test]
+fn one_batch_can_be_learnt_by_heart() {
+    let mut lab = lab();
+    lab.config.training.overfit_one_batch = true;
+    lab.config.training.max_steps = Some(150);
+    lab.config.training.lr_schedule = transformer_lm::config::LrSchedule::Constant;
+    lab.config.model.dropout = 0.0;
+    let by_heart = lab.train("one", None).unwrap().loss.unwrap();
+    assert!(by_heart < 0.5, "{by_heart}");
+}
+
+fn train_command(lab: &Lab, sets: &[&str], flags: &[&str]) -> std::process::Output {
+    let config = lab.path("config.yaml");
+    lab.config.save(&config).unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_train"));
+    command.arg("--config").arg(config).arg("--output-dir").arg(lab.path("commanded"));
+    command.args(sets.iter().flat_map(|set| ["--set", set])).args(flags).output().unwrap()
+}
+
+#[test]
+fn a_plan_is_told_and_nothing_is_written() {
+    let lab = lab();
+    let output = train_command(&lab, &[], &["--dry-run"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let parts = [
+        "8,704",
+        "8 sequences = 1 ranks x 4 micro-batches x 2; 64 tokens",
+        "30 of which 24 are an epoch",
+        "s an update",
+    ];
+    assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+    assert!(!lab.path("commanded").exists());
+    let output = train_command(&lab, &["training.global_batch_size=100000"], &["--dry-run"]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("too few for an update"));
+}
+
+/// The most memory of a training whose activations are far larger than its weights.
+fn memory(lab: &Lab, checkpointing: &str) -> f64 {
+    let shape = ["model.d_model=64", "model.n_heads=4", "model.n_layers=24", "model.d_ff=256", "model.max_seq_len=128"];
+    let batch = [
+        "training.global_batch_size=8",
+        "training.per_gpu_batch_size=8",
+        "training.max_steps=2",
+        "training.log_interval=1",
+    ];
+    let sets = [&shape[..], &batch[..], &[checkpointing]].concat();
+    let output = train_command(lab, &sets, &["--run-name", checkpointing]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mib = text.lines().rev().find_map(|line| line.split(" | ").find_map(|part| part.strip_suffix(" MiB"))).unwrap();
+    mib.replace(',', "").parse().unwrap()
+}
+
+#[test]
+fn computing_twice_saves_most_of_the_activations() {
+    let lab = lab();
+    let (kept, twice) =
+        (memory(&lab, "training.gradient_checkpointing=false"), memory(&lab, "training.gradient_checkpointing=true"));
+    let floor = memory(&lab, "training.per_gpu_batch_size=1"); // nearly without activations
+    assert!(twice - floor < 0.5 * (kept - floor), "{kept} MiB kept, {twice} MiB computed twice, {floor} MiB without");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use clap::Parser;
 
 use crate::Result;
 use crate::config::{Config, PathsSection};
-use crate::trainer::{Resume, launched_rank, run_distributed_training};
+use crate::trainer::{Resume, forecast, launched_rank, run_distributed_training, setup_horovod};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -17,6 +17,7 @@ Examples:
                                                                        go on after a kill, at the very step
   train --config configs/demo.yaml --set training.max_steps=100 --set data.data_dir=data/mine
   train --config configs/demo.yaml --print-config                      every key with its value
+  train --config configs/gpt2-124m.yaml --dry-run                      what it would take
 
 With Open MPI, mpirun wants --oversubscribe for more ranks than cores, and as root --allow-run-as-root.
 OMP_NUM_THREADS sets the threads of a rank; otherwise the ranks of a host share its cores.
@@ -50,6 +51,14 @@ pub struct TrainArgs {
     /// Prints the configuration with every key and exits
     #[arg(long)]
     print_config: bool,
+
+    /// Prints the plan (parameters, memory, tokens, updates, estimated time) and exits; writes nothing
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
+
+    /// Trains on the first global batch again and again: a model and settings that are sound bring its loss near 0
+    #[arg(long, conflicts_with = "resume")]
+    overfit_one_batch: bool,
 }
 
 /// Runs `train`.
@@ -67,6 +76,19 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
         return Ok(());
     }
+    if args.dry_run {
+        return plan(&config);
+    }
+    config.training.overfit_one_batch |= args.overfit_one_batch;
     let resume = args.resume.as_deref().map(Resume::from);
     run_distributed_training(&config, resume.as_ref(), &args.run_name).map(drop)
+}
+
+fn plan(config: &Config) -> Result<()> {
+    let setup = setup_horovod(false)?;
+    let forecast = forecast(config, &setup).inspect_err(|error| setup.world.abort(&error.to_string()))?;
+    if setup.rank == 0 {
+        println!("{forecast}");
+    }
+    Ok(hvd_torch::shutdown().map_err(hvd_torch::Error::from)?)
 }

@@ -99,6 +99,10 @@ impl Default for ModelSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingSection {
+    /// A checkpoint, or a run's folder, whose weights a new run starts with; null: weights drawn from the seed.
+    pub init_from: Option<PathBuf>,
+    /// Trains on the first global batch again and again, to see whether a model can learn at all.
+    pub overfit_one_batch: bool,
     /// Passes over the training part; ignored where `max_steps` is given.
     pub epochs: u64,
     /// Optimizer updates in all, or null: `epochs` decides.
@@ -168,6 +172,8 @@ pub struct TrainingSection {
 impl Default for TrainingSection {
     fn default() -> Self {
         TrainingSection {
+            init_from: None,
+            overfit_one_batch: false,
             epochs: 10,
             max_steps: None,
             per_gpu_batch_size: 16,

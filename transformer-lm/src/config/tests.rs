@@ -86,7 +86,23 @@ fn a_missing_file_is_a_mistake_of_the_configuration() {
 fn the_configurations_in_the_repository_are_right() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     assert_eq!(load_config(folder.join("config.yaml")).unwrap().training, TrainingSection::default());
-    assert_eq!(load_config(folder.join("demo.yaml")).unwrap().training.global_batch_size, Some(24));
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let config = load_config(&path).unwrap();
+        assert!(config.warnings().is_empty(), "{}", path.display());
+        names.push((path.file_stem().unwrap().to_str().unwrap().to_owned(), config));
+    }
+    let config = |name: &str| &names.iter().find(|(other, _)| other == name).unwrap().1;
+    assert_eq!(config("demo").training.global_batch_size, Some(24));
+    let millions = |name: &str| config(name).model_config(65).parameter_count() / 1_000_000;
+    let sizes = ["shakespeare-char-cpu", "shakespeare-char", "gpt2-124m", "gpt2-medium", "finetune"].map(millions);
+    assert_eq!(sizes, [0, 10, 124, 354, 124]);
+    assert!(
+        ["gpt2-124m", "gpt2-medium"]
+            .iter()
+            .all(|name| config(name).training.min_lr < config(name).training.learning_rate)
+    );
 }
 
 #[test]

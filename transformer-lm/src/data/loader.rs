@@ -124,6 +124,12 @@ impl TrainLoader {
         blocks.chunks(self.micro_batch).map(micro).collect()
     }
 
+    /// The first global batch again and again.
+    pub fn repeated(&self) -> BatchStream {
+        let loader = self.clone();
+        BatchStream(Box::new(std::iter::repeat_with(move || loader.step(0, 0))))
+    }
+
     /// [`TrainLoader::step`] from this position on, epoch after epoch without end, read ahead by `workers` threads; by 0 when
     /// asked for. The batches do not depend on the number of threads.
     pub fn stream(&self, epoch: u64, step: u64, workers: usize) -> BatchStream {

@@ -1,5 +1,6 @@
 //! One optimizer update: forward and backward over the micro-batches, reduction, clipping, step.
 
+use std::path::Path;
 use std::time::Instant;
 
 use hvd_torch::{AdamW, Compression, DistributedOptimizer, Optimizer, ParamGroup, ReduceOp, ShardedAdamW, World};
@@ -8,9 +9,9 @@ use tch::{Device, Tensor, nn};
 use super::evaluation::{Precision, Sums};
 use super::guard::{Guard, Skip};
 use super::plan::BatchPlan;
-use crate::checkpoint::ScalerState;
+use crate::checkpoint::{self, ScalerState};
 use crate::config::{Config, HorovodCompression, WeightDecayOn};
-use crate::model::{Backward, ModelConfig, TransformerLM};
+use crate::model::{Backward, ModelConfig, TransformerLM, copy_weights, read_weights};
 use crate::{Error, Result};
 
 /// fp16's first loss scale, and the updates without overflow after which it doubles; PyTorch's values.
@@ -88,6 +89,16 @@ impl Learner {
             nominal_tokens: (plan.global * shape.max_seq_len) as f64,
             dropout_seed: (shape.dropout > 0.0).then_some(config.seed.0),
         })
+    }
+
+    /// Takes the weights of a checkpoint, or of a run's best, if there is a path.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`], [`Error::Data`]: none there, or one of another model.
+    pub fn init_from(&mut self, path: Option<&Path>) -> Result<()> {
+        let Some(path) = path else { return Ok(()) };
+        let file = checkpoint::resolve(path)?.join("model.safetensors");
+        copy_weights(&self.model, read_weights(&file)?, &file)
     }
 
     /// All ranks take rank 0's weights.

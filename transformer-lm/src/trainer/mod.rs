@@ -1,6 +1,7 @@
 //! The training loop, from the first step to the last checkpoint.
 
 mod evaluation;
+mod forecast;
 mod guard;
 mod journal;
 mod learner;
@@ -30,6 +31,7 @@ use journal::{BEST, FINAL, Journal, Place};
 use speed::Pace;
 
 pub use evaluation::{Evaluator, Precision, Sums};
+pub use forecast::{Forecast, forecast};
 pub use guard::{Guard, Skip};
 pub use learner::{Learner, Update};
 pub use plan::{BatchPlan, most_at_once, total_steps};
@@ -126,7 +128,10 @@ impl<'a> Run<'a> {
         };
         run.take_up(resume, run_name, &shape, device)?;
         let CheckpointState { epoch, step, .. } = run.state;
-        run.batches = run.train.stream(epoch, step, run.config.data.num_workers);
+        run.batches = match run.config.training.overfit_one_batch {
+            true => run.train.repeated(),
+            false => run.train.stream(epoch, step, run.config.data.num_workers),
+        };
         run.introduce(&data, &shape, &plan, device);
         Ok(run)
     }
@@ -139,6 +144,9 @@ impl<'a> Run<'a> {
         let devices = self.setup.world.allgather_object("run.devices", &here).map_err(hvd_torch::Error::from)?;
         if self.setup.rank == 0 {
             let start = resume::find(&self.config.paths, resume, run_name)?;
+            if start.checkpoint.is_none() {
+                self.learner.init_from(self.config.training.init_from.as_deref())?;
+            }
             if let Some(path) = &start.checkpoint {
                 let saved = checkpoint::read_state(path)?;
                 resume::check(&saved, &self.state)?;
