@@ -10,6 +10,7 @@
 #include <ATen/autocast_mode.h>
 #include <dlfcn.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -65,6 +66,40 @@ struct PostAccumulateHook final : torch::autograd::PostAccumulateGradHook {
   ~PostAccumulateHook() override { drop(context); }
 
   void operator()(const torch::autograd::Variable&) override { call(context); }
+};
+
+// Gets the gradients of a function's results; gives those of its inputs, each a new tensor or null for none.
+using BackwardCall = int (*)(void* context, Tensor* const* grads, size_t results, Tensor** input_grads, size_t inputs);
+
+// A function whose backward pass calls back. Owns `context`.
+struct CallbackNode final : torch::autograd::Node {
+  BackwardCall call;
+  HookDrop drop;
+  void* context;
+
+  CallbackNode(BackwardCall call, HookDrop drop, void* context) : call(call), drop(drop), context(context) {}
+  CallbackNode(const CallbackNode&) = delete;
+  CallbackNode& operator=(const CallbackNode&) = delete;
+  ~CallbackNode() override { drop(context); }
+
+  std::string name() const override { return "HvdBackward"; }
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+    // A result that nothing was computed from has no gradient: all ranks must take part with something.
+    for (size_t i = 0; i < grads.size(); i++)
+      if (!grads[i].defined()) grads[i] = input_metadata(i).zeros_like();
+    std::vector<Tensor*> given;
+    for (Tensor& grad : grads) given.push_back(&grad);
+    std::vector<Tensor*> made(num_outputs(), nullptr);
+    const int status = call(context, given.data(), given.size(), made.data(), made.size());
+    torch::autograd::variable_list result;
+    for (Tensor* grad : made) {
+      result.push_back(grad ? *grad : Tensor());
+      delete grad;
+    }
+    TORCH_CHECK(status == 0, last_error);
+    return result;
+  }
 };
 
 // Elements whose squares are summed by one thread at a time. Fixed, so that the order of summation does not depend on
@@ -176,6 +211,35 @@ int hvd_grad_defined(Tensor* leaf, int* defined) {
 // Makes `grad` the gradient of `leaf`; null for none.
 int hvd_grad_set(Tensor* leaf, Tensor* grad) {
   return guarded([&] { leaf->mutable_grad() = grad ? *grad : Tensor(); });
+}
+
+// Whether operations are being recorded, on this thread.
+int hvd_grad_enabled() { return at::GradMode::is_enabled(); }
+
+// Has backward call `call(context, ...)` for the gradients of `inputs`, given those of `outputs`, which must be new
+// tensors. `drop(context)` runs when the graph goes, or at once if this call fails or no input requires a gradient.
+int hvd_differentiate(Tensor* const* inputs, size_t input_count, Tensor* const* outputs, size_t output_count,
+                      BackwardCall call, HookDrop drop, void* context) {
+  return guarded([&] {
+    std::shared_ptr<torch::autograd::Node> node(new CallbackNode(call, drop, context), torch::autograd::deleteNode);
+    if (!at::GradMode::is_enabled()) return;
+    bool wanted = false;
+    for (size_t i = 0; i < input_count; i++) {
+      wanted |= inputs[i]->requires_grad();
+      node->add_next_edge(torch::autograd::impl::gradient_edge(*inputs[i]));
+    }
+    if (!wanted) return;
+    for (size_t i = 0; i < output_count; i++) torch::autograd::create_gradient_edge(*outputs[i], node);
+  });
+}
+
+// Says why a callback fails.
+void hvd_shim_set_error(const char* message) {
+  try {
+    last_error = message;
+  } catch (...) {
+    last_error.clear();
+  }
 }
 
 // Backward from several roots, each with the gradient that comes from outside (null: 1, for a scalar root).

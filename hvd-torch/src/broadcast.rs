@@ -1,6 +1,6 @@
 //! All ranks start from the same state.
 
-use hvd_core::World;
+use hvd_core::ProcessSet;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
@@ -13,31 +13,31 @@ use crate::optim::{Optimizer, check_unique};
 ///
 /// # Errors
 /// If names occur twice, or the ranks' lists differ.
-pub fn broadcast_parameters(world: &World, params: &[(String, Tensor)], root: usize) -> Result<()> {
-    broadcast_all(world, "parameter", params, root)
+pub fn broadcast_parameters(set: &ProcessSet, params: &[(String, Tensor)], root: usize) -> Result<()> {
+    broadcast_all(set, "parameter", params, root)
 }
 
 /// Overwrites the optimizer's state on all ranks with that of rank `root`.
 ///
 /// # Errors
 /// If the optimizer keeps its state to itself ([`crate::TchOptimizer`]).
-pub fn broadcast_optimizer_state<O: Optimizer>(world: &World, optimizer: &mut O, root: usize) -> Result<()> {
-    broadcast_all(world, "optimizer", &optimizer.state()?, root)
+pub fn broadcast_optimizer_state<O: Optimizer>(set: &ProcessSet, optimizer: &mut O, root: usize) -> Result<()> {
+    broadcast_all(set, "optimizer", &optimizer.state()?, root)
 }
 
-fn broadcast_all(world: &World, prefix: &str, tensors: &[(String, Tensor)], root: usize) -> Result<()> {
+fn broadcast_all(set: &ProcessSet, prefix: &str, tensors: &[(String, Tensor)], root: usize) -> Result<()> {
     check_unique(tensors)?;
-    if root >= world.size() {
+    if !set.ranks().contains(&root) {
         return Err(Error::invalid(format!(
-            "there is no rank {root} to broadcast from; the world has {}",
-            world.size()
+            "there is no rank {root} to broadcast from among the {} rank(s)",
+            set.size()
         )));
     }
-    if world.size() == 1 {
+    if set.size() == 1 {
         return Ok(());
     }
     let start =
-        |(name, tensor): &(String, Tensor)| ops::broadcast_async_(world, tensor, &format!("{prefix}.{name}"), root);
+        |(name, tensor): &(String, Tensor)| ops::broadcast_async_(set, tensor, &format!("{prefix}.{name}"), root);
     let under_way = tensors.iter().map(start).collect::<Result<Vec<_>>>()?;
     // Wait for all, also after an error, so that nothing still writes to the tensors when this returns.
     under_way.into_iter().map(|handle| handle.wait().map(drop)).fold(Ok(()), Result::and)

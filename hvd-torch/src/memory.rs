@@ -51,11 +51,11 @@ pub(crate) fn of(tensor: &Tensor) -> Result<Memory> {
     Ok(unsafe { Memory::from_raw_parts(start, len, Some(owner)) })
 }
 
-/// A flat tensor of zeros, in memory that the ranks reduce in place where there is such. All ranks must call it.
-pub(crate) fn shared_zeros(world: &World, elements: usize, kind: Kind, device: Device) -> Result<Tensor> {
+/// A flat tensor of zeros, in memory that the ranks of `world` reduce in place where there is such. All of them must call it.
+pub(crate) fn shared_zeros(world: Option<&World>, elements: usize, kind: Kind, device: Device) -> Result<Tensor> {
     let bytes = elements.saturating_mul(dtype(kind)?.size());
-    let shared = match device {
-        Device::Cpu => world.shared_memory(bytes)?,
+    let shared = match (device, world) {
+        (Device::Cpu, Some(world)) => world.shared_memory(bytes)?,
         _ => None,
     };
     Ok(match shared {
@@ -65,7 +65,7 @@ pub(crate) fn shared_zeros(world: &World, elements: usize, kind: Kind, device: D
 }
 
 /// Makes tensors of a size that only the operation knows.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(crate) struct Allocator {
     made: Arc<Mutex<Option<Tensor>>>,
     kind: Kind,

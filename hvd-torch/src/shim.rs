@@ -33,6 +33,17 @@ unsafe extern "C" {
     fn hvd_grad_data(leaf: *mut C_tensor, data: *mut *mut c_void) -> c_int;
     fn hvd_grad_defined(leaf: *mut C_tensor, defined: *mut c_int) -> c_int;
     fn hvd_grad_set(leaf: *mut C_tensor, grad: *mut C_tensor) -> c_int;
+    fn hvd_grad_enabled() -> c_int;
+    fn hvd_differentiate(
+        inputs: List,
+        input_count: usize,
+        outputs: List,
+        output_count: usize,
+        call: extern "C" fn(*mut c_void, List, usize, *mut *mut C_tensor, usize) -> c_int,
+        drop: extern "C" fn(*mut c_void),
+        context: *mut c_void,
+    ) -> c_int;
+    fn hvd_shim_set_error(message: *const c_char);
     fn hvd_backward(roots: List, grads: List, count: usize, retain_graph: c_int) -> c_int;
     fn hvd_autocast_enter(cuda: c_int, dtype: c_int, before: *mut AutocastState) -> c_int;
     fn hvd_autocast_exit(cuda: c_int, before: *const AutocastState) -> c_int;
@@ -145,6 +156,65 @@ pub(crate) fn grad_defined(leaf: &Tensor) -> Result<bool> {
 pub(crate) fn grad_set(leaf: &Tensor, grad: Option<&Tensor>) -> Result<()> {
     // SAFETY: live tensors; null means none.
     check(unsafe { hvd_grad_set(raw(leaf), grad.map_or(null_mut(), raw)) })
+}
+
+/// Gets the gradients of a function's results and gives those of its inputs.
+pub(crate) type BackwardFn = Box<dyn Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync>;
+
+extern "C" fn call_backward(
+    context: *mut c_void,
+    grads: List,
+    count: usize,
+    input_grads: *mut *mut C_tensor,
+    inputs: usize,
+) -> c_int {
+    // SAFETY: `differentiate` made the context from a boxed `BackwardFn`, which lives until `drop_backward`.
+    let backward = unsafe { &*context.cast::<BackwardFn>() };
+    let run = || {
+        // SAFETY: the shim gives `count` live tensors.
+        let grads: Vec<_> = (0..count).map(|at| unsafe { Tensor::clone_from_ptr(*grads.add(at)) }).collect();
+        backward(&grads)
+    };
+    let reason = match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(made)) if made.len() == inputs => {
+            for (at, mut grad) in made.into_iter().enumerate() {
+                // SAFETY: the shim gives room for `inputs` pointers, and takes over what they point to.
+                unsafe { *input_grads.add(at) = grad.as_mut_ptr() };
+                std::mem::forget(grad);
+            }
+            return 0;
+        }
+        Ok(Ok(made)) => format!("backward gave {} gradients for {inputs} inputs", made.len()),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "a backward pass of hvd-torch panicked; the message is above".to_string(),
+    };
+    let reason = CString::new(reason.replace('\0', " ")).unwrap_or_default();
+    // SAFETY: a terminated string, which is copied.
+    unsafe { hvd_shim_set_error(reason.as_ptr()) };
+    -1
+}
+
+extern "C" fn drop_backward(context: *mut c_void) {
+    // SAFETY: as in `call_backward`; the shim calls this once, last.
+    let backward = unsafe { Box::from_raw(context.cast::<BackwardFn>()) };
+    let _ = catch_unwind(AssertUnwindSafe(|| drop(backward)));
+}
+
+/// Whether operations are being recorded for a backward pass, on this thread.
+pub(crate) fn grad_enabled() -> bool {
+    // SAFETY: takes nothing.
+    unsafe { hvd_grad_enabled() != 0 }
+}
+
+/// Has a backward pass through `outputs`, which must be new tensors, give the gradients of `inputs` by `backward`.
+pub(crate) fn differentiate(inputs: &[&Tensor], outputs: &[Tensor], backward: BackwardFn) -> Result<()> {
+    let context = Box::into_raw(Box::new(backward)).cast();
+    let (inputs, outputs) = (raw_list(inputs.iter().copied()), raw_list(outputs));
+    let (count, results) = (inputs.len(), outputs.len());
+    // SAFETY: two lists of live tensors; the shim owns the context from here on and gives it to these functions alone.
+    check(unsafe {
+        hvd_differentiate(inputs.as_ptr(), count, outputs.as_ptr(), results, call_backward, drop_backward, context)
+    })
 }
 
 pub(crate) fn backward(roots: &[&Tensor], grads: &[Option<&Tensor>], retain_graph: bool) -> Result<()> {

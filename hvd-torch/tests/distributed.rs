@@ -375,3 +375,120 @@ fn gradients_in_shared_memory_are_averaged_and_outlive_the_world() {
         }
     });
 }
+
+/// Two steps of a wrapped network with a batch for each rank; its parameters.
+fn two_steps(world: &World, settings: impl Fn(Builder<AdamW>, &Mlp) -> Builder<AdamW>) -> Vec<Tensor> {
+    let mlp = Mlp::new(Kind::Double);
+    let mut optimizer = settings(builder(world, &mlp), &mlp).build().unwrap();
+    for step in 0..2 {
+        optimizer.zero_grad().unwrap();
+        mlp.loss(&numbers(&[4, 8], Kind::Double, step + 10 * world.rank() as i64)).backward();
+        optimizer.step().unwrap();
+    }
+    mlp.params.iter().map(|(_, param)| param.detach()).collect()
+}
+
+#[test]
+fn groups_and_predivision_change_the_way_and_not_the_result() {
+    watched(|| {
+        ranks(3, |world| {
+            let plain = two_steps(&world, |builder, _| builder.name("plain"));
+            let others = [
+                two_steps(&world, |builder, _| builder.name("numbered").num_groups(2)),
+                two_steps(&world, |builder, mlp| {
+                    let names: Vec<_> = mlp.params.iter().map(|(name, _)| name.clone()).collect();
+                    builder.name("named").groups([vec![names[0].clone(), names[3].clone()]])
+                }),
+                two_steps(&world, |builder, _| builder.name("divided").gradient_predivide_factor(3.0)),
+                two_steps(&world, |builder, _| builder.name("set").process_set(&world)),
+            ];
+            for other in others {
+                for (a, b) in plain.iter().zip(&other) {
+                    assert!(distance(a, b) < 1e-12);
+                }
+            }
+        });
+        ranks(1, |world| {
+            let mlp = Mlp::new(Kind::Float);
+            let grouped = builder(&world, &mlp).groups([vec!["second.bias", "first.bias"], vec!["first.weight"]]);
+            let buckets = grouped.build().unwrap().buckets();
+            assert_eq!(buckets, [vec!["second.bias", "first.bias"], vec!["second.weight"], vec!["first.weight"]]);
+            let refused = |builder: Builder<AdamW>, text: &str| {
+                let error = builder.build().err().expect("refused").to_string();
+                assert!(error.contains(text), "{error}");
+            };
+            refused(builder(&world, &mlp).groups([vec!["nobody"]]), "`nobody`");
+            refused(builder(&world, &mlp).groups([vec!["first.bias"], vec!["first.bias"]]), "twice");
+            refused(builder(&world, &mlp).num_groups(0), "num_groups");
+            refused(builder(&world, &mlp).gradient_predivide_factor(0.0), "positive");
+            refused(builder(&world, &mlp).op(ReduceOp::Sum).gradient_predivide_factor(2.0), "Average");
+        });
+    });
+}
+
+#[test]
+fn skip_synchronize_steps_with_the_gradients_as_they_are() {
+    watched(|| {
+        ranks(2, |world| {
+            let mlp = Mlp::new(Kind::Double);
+            let mut optimizer = builder(&world, &mlp).build().unwrap();
+            let batch = numbers(&[4, 8], Kind::Double, world.rank() as i64);
+            mlp.loss(&batch).backward();
+            let early = optimizer.skip_synchronize(|optimizer| optimizer.step()).unwrap_err().to_string();
+            assert!(early.contains("skip_synchronize"), "{early}");
+            optimizer.synchronize().unwrap();
+            let _ = tch::no_grad(|| mlp.params[0].1.grad().zero_());
+            let before = mlp.params[0].1.copy();
+            optimizer.skip_synchronize(|optimizer| optimizer.step()).unwrap();
+            // With a gradient of zeros only the decay is left.
+            assert!(distance(&(before * (1.0 - 1e-2 * 0.1)), &mlp.params[0].1) < 1e-15);
+        });
+    });
+}
+
+#[test]
+fn adasum_combines_the_updates_of_the_ranks() {
+    watched(|| {
+        // With one and the same batch all updates are equal, and their adaptive sum is one of them.
+        let train = |size: usize| {
+            ranks(size, |world| {
+                let mlp = Mlp::new(Kind::Double);
+                let mut optimizer = builder(&world, &mlp).op(ReduceOp::Adasum).build().unwrap();
+                for step in 0..3 {
+                    optimizer.zero_grad().unwrap();
+                    mlp.loss(&numbers(&[4, 8], Kind::Double, step)).backward();
+                    optimizer.step().unwrap();
+                }
+                mlp.params.iter().map(|(_, param)| param.detach()).collect::<Vec<_>>()
+            })
+        };
+        let (same, alone) = (train(2), train(1));
+        for (together, alone) in same[0].iter().zip(&alone[0]) {
+            assert!(distance(together, alone) < 1e-12);
+        }
+        // With different ones all ranks still hold the same parameters.
+        let different = ranks(3, |world| two_steps(&world, |builder, _| builder.op(ReduceOp::Adasum)));
+        for rank in &different[1..] {
+            for (a, b) in rank.iter().zip(&different[0]) {
+                assert_eq!(distance(a, b), 0.0);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_sparse_gradient_is_made_dense() {
+    watched(|| {
+        ranks(2, |world| {
+            let table = numbers(&[6, 2], Kind::Float, 1).detach().set_requires_grad(true);
+            let params = vec![("table".to_string(), table.shallow_clone())];
+            let mut optimizer = DistributedOptimizer::builder(adamw(params)).world(world.clone()).build().unwrap();
+            // Without a gradient that is there, torch makes a sparse one.
+            set_grad(&table, None).unwrap();
+            let rows = Tensor::from_slice(&[world.rank() as i64, 5]);
+            Tensor::embedding(&table, &rows, -1, false, true).sum(Kind::Float).backward();
+            optimizer.synchronize().unwrap();
+            assert_eq!(values(&table.grad().select(1, 0)), [0.5, 0.5, 0.0, 0.0, 0.0, 1.0]);
+        });
+    });
+}

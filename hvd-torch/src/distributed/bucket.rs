@@ -43,8 +43,14 @@ pub(super) struct Bucket {
 }
 
 impl Bucket {
-    /// Makes the flat tensor, which the ranks of a host reduce in place, and lets the parameters' gradients live in it.
-    pub(super) fn new(name: String, plan: &BucketPlan, params: &[(String, Tensor)], world: &World) -> Result<Bucket> {
+    /// Makes the flat tensor, which the ranks of a host reduce in place if it is all ranks of `world` that do, and lets the
+    /// parameters' gradients live in it.
+    pub(super) fn new(
+        name: String,
+        plan: &BucketPlan,
+        params: &[(String, Tensor)],
+        world: Option<&World>,
+    ) -> Result<Bucket> {
         let flat = memory::shared_zeros(world, plan.elements, plan.kind, plan.device)?;
         let member = |place: &super::plan::Place| {
             let (name, param) = &params[place.param];

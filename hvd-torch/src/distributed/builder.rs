@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hvd_core::{Allreduce, Compression, ReduceOp, World, world};
+use hvd_core::{Allreduce, Compression, ProcessSet, ReduceOp, World, world};
 use tch::Tensor;
 
 use super::DistributedOptimizer;
@@ -23,32 +23,89 @@ const FIRST_BUCKET_BYTES: usize = 1 << 20;
 #[must_use = "a builder does nothing until `build`"]
 pub struct Builder<O: Optimizer> {
     optimizer: O,
-    world: Option<World>,
+    ranks: Ranks,
     name: String,
     passes: usize,
     compression: Compression,
     op: ReduceOp,
+    predivide_factor: f64,
     bucket_bytes: usize,
+    groups: Groups,
     on_gradient: Option<OnGradient>,
+}
+
+/// Who reduces.
+#[derive(Clone)]
+enum Ranks {
+    Global,
+    World(World),
+    Set(ProcessSet),
+}
+
+/// Which gradients are reduced as one.
+enum Groups {
+    /// As it suits.
+    Any,
+    /// So many groups of parameters in their order.
+    Number(usize),
+    /// These, by name; the others as it suits.
+    Named(Vec<Vec<String>>),
+}
+
+impl Groups {
+    /// The group of each parameter.
+    fn of(&self, params: &[(String, Tensor)]) -> Result<Vec<Option<usize>>> {
+        let mut groups = vec![None; params.len()];
+        match self {
+            Groups::Any => {}
+            Groups::Number(number) => {
+                let chunks = hvd_core::collective::even_chunks(params.len(), *number);
+                let places =
+                    chunks.into_iter().enumerate().flat_map(|(group, places)| places.map(move |at| (at, group)));
+                places.for_each(|(at, group)| groups[at] = Some(group));
+            }
+            Groups::Named(named) => {
+                for (group, name) in
+                    named.iter().enumerate().flat_map(|(at, names)| names.iter().map(move |it| (at, it)))
+                {
+                    let Some(at) = params.iter().position(|(param, _)| param == name) else {
+                        return Err(Error::invalid(format!("`{name}` of a group is no parameter of the optimizer")));
+                    };
+                    if groups[at].replace(group).is_some() {
+                        return Err(Error::invalid(format!("`{name}` occurs twice in the groups")));
+                    }
+                }
+            }
+        }
+        Ok(groups)
+    }
 }
 
 impl<O: Optimizer> Builder<O> {
     pub(super) fn new(optimizer: O) -> Self {
         Builder {
             optimizer,
-            world: None,
+            ranks: Ranks::Global,
             name: "optimizer".into(),
             passes: 1,
             compression: Compression::None,
             op: ReduceOp::Average,
+            predivide_factor: 1.0,
             bucket_bytes: BUCKET_BYTES,
+            groups: Groups::Any,
             on_gradient: None,
         }
     }
 
     /// The world to reduce in; by default the global one, from [`crate::init`].
     pub fn world(mut self, world: World) -> Self {
-        self.world = Some(world);
+        self.ranks = Ranks::World(world);
+        self
+    }
+
+    /// The ranks to reduce among, instead of a whole world.
+    pub fn process_set(mut self, set: &ProcessSet) -> Self {
+        self.ranks = Ranks::Set(set.clone());
         self
     }
 
@@ -70,9 +127,31 @@ impl<O: Optimizer> Builder<O> {
         self
     }
 
-    /// [`ReduceOp::Average`], the default, or [`ReduceOp::Sum`].
+    /// [`ReduceOp::Average`], the default, or [`ReduceOp::Sum`]; or [`ReduceOp::Adasum`]: each rank updates by its own
+    /// gradients, and what the updates changed is combined, parameter by parameter.
     pub fn op(mut self, op: ReduceOp) -> Self {
         self.op = op;
+        self
+    }
+
+    /// Divides the average in two steps: gradients are divided by `factor` before they are summed, and the sum by the number
+    /// of ranks over `factor`. For an average only; 1, all afterwards, by default.
+    pub fn gradient_predivide_factor(mut self, factor: f64) -> Self {
+        self.predivide_factor = factor;
+        self
+    }
+
+    /// Reduces the gradients of the named parameters of each list as one, whatever its size: one bucket for each kind of
+    /// element. The others share buckets as ever.
+    pub fn groups<S: Into<String>>(mut self, groups: impl IntoIterator<Item = Vec<S>>) -> Self {
+        let named = |names: Vec<S>| names.into_iter().map(Into::into).collect();
+        self.groups = Groups::Named(groups.into_iter().map(named).collect());
+        self
+    }
+
+    /// Splits the parameters, in their order, into so many groups that are reduced as one each; see [`Builder::groups`].
+    pub fn num_groups(mut self, number: usize) -> Self {
+        self.groups = Groups::Number(number);
         self
     }
 
@@ -98,19 +177,23 @@ impl<O: Optimizer> Builder<O> {
         self.check()?;
         let params = self.optimizer.parameters();
         check_unique(&params)?;
-        let world = match self.world.clone() {
-            Some(world) => world,
-            None => world()?,
+        // Memory that ranks share belongs to a whole world.
+        let (set, whole) = match self.ranks.clone() {
+            Ranks::Global => world().map(|world| (ProcessSet::clone(&world), Some(world)))?,
+            Ranks::World(world) => (ProcessSet::clone(&world), Some(world)),
+            Ranks::Set(set) => (set, None),
         };
         let limits = Limits { first_bytes: FIRST_BUCKET_BYTES, bytes: self.bucket_bytes };
-        let shapes: Vec<_> = params.iter().map(|(_, param)| Shape::of(param)).collect();
+        let groups = self.groups.of(&params)?;
+        let shapes: Vec<_> = params.iter().zip(&groups).map(|((_, param), group)| Shape::of(param, *group)).collect();
         let plans = plan(&shapes, limits);
-        agree(&world, &self.name, self.digest(&params))?;
+        agree(&set, &self.name, self.digest(&params, &groups))?;
 
         // The hooks first: they tell whether the parameters are free, before any gradient is moved.
-        let reduction = Allreduce::new(self.op).compression(self.compression);
+        let factor = self.predivide_factor;
+        let reduction = Allreduce::new(self.op).compression(self.compression).prescale(1.0 / factor).postscale(factor);
         let (buckets, passes) = (Vec::new(), self.passes);
-        let state = State { world: world.clone(), reduction, buckets, passes, synchronized: false, failure: None };
+        let state = State { set, reduction, buckets, passes, synchronized: false, failure: None };
         let shared = Arc::new(Shared::new(state, self.on_gradient));
         let mut hooks = Vec::with_capacity(params.len());
         for (at, plan) in plans.iter().enumerate() {
@@ -118,15 +201,16 @@ impl<O: Optimizer> Builder<O> {
                 hooks.push(attach(&shared, &params[place.param], at, member)?);
             }
         }
-        let bucket = |(at, plan)| Bucket::new(format!("{}.bucket.{at}", self.name), plan, &params, &world);
+        let bucket = |(at, plan)| Bucket::new(format!("{}.bucket.{at}", self.name), plan, &params, whole.as_ref());
         let buckets = plans.iter().enumerate().map(bucket).collect::<Result<Vec<_>>>()?;
         shared.lock().buckets = buckets;
-        Ok(DistributedOptimizer { optimizer: self.optimizer, shared, _hooks: hooks })
+        Ok(DistributedOptimizer { optimizer: self.optimizer, name: self.name, shared, skips: false, _hooks: hooks })
     }
 
     /// A number that differs where parameters, their order, or settings do.
-    fn digest(&self, params: &[(String, Tensor)]) -> u64 {
-        let settings = format!("{:?} {:?} {} {}", self.compression, self.op, self.bucket_bytes, self.passes);
+    fn digest(&self, params: &[(String, Tensor)], groups: &[Option<usize>]) -> u64 {
+        let Builder { compression, op, predivide_factor, bucket_bytes, passes, .. } = self;
+        let settings = format!("{compression:?} {op:?} {predivide_factor} {bucket_bytes} {passes} {groups:?}");
         let param = |(name, param): &(String, Tensor)| format!("{name} {:?} {:?}", param.kind(), param.size());
         let texts = std::iter::once(settings).chain(params.iter().map(param));
         texts.fold(0, |digest, text| mix(&[digest, text.len() as u64, mix_bytes(text.as_bytes())]))
@@ -139,8 +223,18 @@ impl<O: Optimizer> Builder<O> {
         if self.bucket_bytes == 0 {
             return Err(Error::invalid("bucket_bytes must be at least 1"));
         }
-        if !matches!(self.op, ReduceOp::Average | ReduceOp::Sum) {
+        if !matches!(self.op, ReduceOp::Average | ReduceOp::Sum | ReduceOp::Adasum) {
             return Err(Error::invalid(format!("gradients are averaged or summed over ranks, not {:?}", self.op)));
+        }
+        let factor = self.predivide_factor;
+        if !factor.is_finite() || factor <= 0.0 || (factor != 1.0 && self.op != ReduceOp::Average) {
+            return Err(Error::invalid(format!(
+                "gradient_predivide_factor is {factor} with {:?}; it must be positive, and goes with Average alone",
+                self.op
+            )));
+        }
+        if matches!(self.groups, Groups::Number(0)) {
+            return Err(Error::invalid("num_groups must be at least 1"));
         }
         Ok(())
     }
@@ -152,11 +246,11 @@ fn mix_bytes(bytes: &[u8]) -> u64 {
 
 /// Refuses a world whose ranks are about to reduce different things under the same names. Buckets of the same size would
 /// mix up gradients without anybody noticing.
-fn agree(world: &World, name: &str, digest: u64) -> Result<()> {
-    if world.size() == 1 {
+fn agree(set: &ProcessSet, name: &str, digest: u64) -> Result<()> {
+    if set.size() == 1 {
         return Ok(());
     }
-    let digests = world.allgather(&format!("{name}.plan"), &[digest as i64])?;
+    let digests = set.allgather(&format!("{name}.plan"), &[digest as i64])?;
     match digests.iter().position(|other| *other != digests[0]) {
         None => Ok(()),
         Some(rank) => Err(Error::invalid(format!(

@@ -1,5 +1,6 @@
 //! An optimizer that averages gradients over all ranks while backward is still running.
 
+mod adasum;
 mod bucket;
 mod builder;
 mod plan;
@@ -31,10 +32,14 @@ use state::Shared;
 /// optimizer.clip_grad_norm(1.0)?;        // if wanted; waits for the reductions
 /// optimizer.step()?;                     // waits for the reductions
 /// ```
+/// A sparse gradient is made dense, as with Horovod's `sparse_as_dense`.
 /// A parameter that no backward pass reaches has a gradient of zeros, here and on the other ranks' average.
 pub struct DistributedOptimizer<O: Optimizer> {
     optimizer: O,
+    name: String,
     shared: Arc<Shared>,
+    /// Whether `step` leaves the gradients as they are.
+    skips: bool,
     /// Dropping them removes the hooks.
     _hooks: Vec<Hook>,
 }
@@ -91,10 +96,31 @@ impl<O: Optimizer> DistributedOptimizer<O> {
 
     /// Updates the parameters with the reduced gradients. Synchronizes first if that has not been done.
     pub fn step(&mut self) -> Result<()> {
-        self.synchronize()?;
-        self.optimizer.step()?;
+        match self.skips {
+            true => self.check_idle("step() in skip_synchronize()")?,
+            false => self.synchronize()?,
+        }
+        let (adasum, set) = {
+            let state = self.shared.lock();
+            (state.reduces_updates() && state.set.size() > 1, state.set.clone())
+        };
+        match adasum {
+            true => adasum::step(&mut self.optimizer, &set, &self.name)?,
+            false => self.optimizer.step()?,
+        }
         self.shared.lock().begin();
         Ok(())
+    }
+
+    /// Runs `body`, in which [`DistributedOptimizer::step`] takes the gradients as they are. For Horovod's users: here,
+    /// `step` after [`DistributedOptimizer::synchronize`] does not synchronize again anyway.
+    ///
+    /// A step while gradients are being reduced is an error.
+    pub fn skip_synchronize<R>(&mut self, body: impl FnOnce(&mut Self) -> R) -> R {
+        let before = std::mem::replace(&mut self.skips, true);
+        let result = body(self);
+        self.skips = before;
+        result
     }
 
     /// Zeroes the gradients. After [`DistributedOptimizer::synchronize`] without a step, this skips the step.
@@ -102,13 +128,8 @@ impl<O: Optimizer> DistributedOptimizer<O> {
     /// # Errors
     /// While reductions are under way.
     pub fn zero_grad(&mut self) -> Result<()> {
+        self.check_idle("zero_grad()")?;
         let mut state = self.shared.lock();
-        state.check()?;
-        if state.in_flight() {
-            return Err(Error::invalid(
-                "zero_grad() while gradients are being reduced; call step() (or synchronize()) first",
-            ));
-        }
         let flats: Vec<_> = state.buckets.iter().map(|bucket| bucket.flat.shallow_clone()).collect();
         foreach::zero_(&flats)?;
         state.buckets.iter_mut().try_for_each(Bucket::attach)?;
@@ -157,6 +178,18 @@ impl<O: Optimizer> DistributedOptimizer<O> {
     pub fn buckets(&self) -> Vec<Vec<String>> {
         let names = |bucket: &Bucket| bucket.members.iter().map(|member| member.name.clone()).collect();
         self.shared.lock().buckets.iter().map(names).collect()
+    }
+
+    /// Refuses `what` while gradients are being reduced.
+    fn check_idle(&self, what: &str) -> Result<()> {
+        let state = self.shared.lock();
+        state.check()?;
+        match state.in_flight() {
+            true => Err(Error::invalid(format!(
+                "{what} while gradients are being reduced; call step() (or synchronize()) first"
+            ))),
+            false => Ok(()),
+        }
     }
 
     fn flats(&self) -> Vec<Tensor> {

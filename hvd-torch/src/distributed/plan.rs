@@ -11,11 +11,13 @@ pub(super) struct Shape {
     pub elements: usize,
     pub kind: Kind,
     pub device: Device,
+    /// The group that the parameter was put in.
+    pub group: Option<usize>,
 }
 
 impl Shape {
-    pub(super) fn of(tensor: &Tensor) -> Self {
-        Shape { elements: tensor.numel(), kind: tensor.kind(), device: tensor.device() }
+    pub(super) fn of(tensor: &Tensor, group: Option<usize>) -> Self {
+        Shape { elements: tensor.numel(), kind: tensor.kind(), device: tensor.device(), group }
     }
 
     fn element_bytes(&self) -> usize {
@@ -42,6 +44,7 @@ pub(super) struct Place {
 pub(super) struct BucketPlan {
     pub kind: Kind,
     pub device: Device,
+    pub group: Option<usize>,
     pub places: Vec<Place>,
     pub elements: usize,
 }
@@ -55,19 +58,21 @@ pub(super) struct Limits {
 }
 
 /// Fills buckets in reverse order of registration, which is about the order in which backward produces gradients.
-/// Parameters of different kinds or devices never share a bucket.
+/// Parameters of different kinds, devices or groups never share a bucket; those of one group always do, whatever its size.
 pub(super) fn plan(params: &[Shape], limits: Limits) -> Vec<BucketPlan> {
     let mut buckets: Vec<BucketPlan> = Vec::new();
     // For each kind and device, the bucket that is being filled and its limit.
     let mut open: Vec<(usize, usize)> = Vec::new();
     for (param, shape) in params.iter().enumerate().rev() {
-        let same = |bucket: &BucketPlan| bucket.kind == shape.kind && bucket.device == shape.device;
+        let same =
+            |bucket: &BucketPlan| (bucket.kind, bucket.device, bucket.group) == (shape.kind, shape.device, shape.group);
         let slot = open.iter_mut().find(|(at, _)| same(&buckets[*at]));
-        let new = BucketPlan { kind: shape.kind, device: shape.device, places: Vec::new(), elements: 0 };
+        let Shape { kind, device, group, .. } = *shape;
+        let new = BucketPlan { kind, device, group, places: Vec::new(), elements: 0 };
         let at = match slot {
             Some((at, limit)) => {
                 let bytes = (buckets[*at].elements + shape.elements) * shape.element_bytes();
-                if bytes > *limit {
+                if bytes > *limit && group.is_none() {
                     (*at, *limit) = (buckets.len(), limits.bytes);
                     buckets.push(new);
                 }
@@ -92,7 +97,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn shape(elements: usize, kind: Kind) -> Shape {
-        Shape { elements, kind, device: Device::Cpu }
+        Shape { elements, kind, device: Device::Cpu, group: None }
     }
 
     fn params_of(bucket: &BucketPlan) -> Vec<usize> {
@@ -114,6 +119,14 @@ mod tests {
             [shape(10, Kind::Float), shape(10, Kind::BFloat16), shape(100_000, Kind::Float), shape(10, Kind::Float)];
         let plan = plan(&params, Limits { first_bytes: 1000, bytes: 1000 });
         assert_eq!(plan.iter().map(params_of).collect::<Vec<_>>(), [vec![3], vec![2], vec![1], vec![0]]);
+    }
+
+    #[test]
+    fn a_group_shares_a_bucket_and_nobody_else_does() {
+        let mut params = [shape(1000, Kind::Float); 5];
+        (params[1].group, params[3].group) = (Some(0), Some(0));
+        let plan = plan(&params, Limits { first_bytes: 100_000, bytes: 100_000 });
+        assert_eq!(plan.iter().map(params_of).collect::<Vec<_>>(), [vec![4, 2, 0], vec![3, 1]]);
     }
 
     proptest! {

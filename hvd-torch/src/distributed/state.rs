@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use hvd_core::{Allreduce, OpKind, World};
+use hvd_core::{Allreduce, ProcessSet, ReduceOp};
 
 use super::bucket::Bucket;
 use crate::error::{Error, Result};
@@ -20,7 +20,7 @@ pub(super) struct Shared {
 
 /// Between two steps: gradients arrive, are submitted, are reduced.
 pub(super) struct State {
-    pub world: World,
+    pub set: ProcessSet,
     pub reduction: Allreduce,
     pub buckets: Vec<Bucket>,
     /// Backward passes after which a gradient is complete.
@@ -80,13 +80,17 @@ impl State {
         Ok(())
     }
 
+    /// Whether the ranks update by their own gradients and reduce the updates.
+    pub(super) fn reduces_updates(&self) -> bool {
+        self.reduction.op == ReduceOp::Adasum
+    }
+
     /// Starts the reduction of a bucket. In a world of one there is none.
     pub(super) fn submit(&mut self, bucket: usize) -> Result<()> {
         let it = &mut self.buckets[bucket];
         it.submitted = true;
-        if self.world.size() > 1 {
-            let kind = OpKind::Allreduce(self.reduction);
-            it.handle = Some(ops::submit_in_place(&self.world, &it.flat, &it.name, kind)?);
+        if self.set.size() > 1 && self.reduction.op != ReduceOp::Adasum {
+            it.handle = Some(ops::allreduce_async_(&self.set, &it.flat, &it.name, self.reduction)?);
         }
         Ok(())
     }

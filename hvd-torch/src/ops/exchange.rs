@@ -1,0 +1,84 @@
+//! Operations that move elements and combine none: broadcast, allgather, alltoall.
+
+use hvd_core::{OpKind, ProcessSet};
+use tch::Tensor;
+
+use super::gradient;
+use super::handle::{GroupHandle, TensorHandle, copy_of, in_place, of_rows, submit, submit_group};
+use super::reduce::member;
+use crate::error::{Error, Result};
+
+/// Starts a broadcast that overwrites `tensor` with that of rank `root`. Leave the tensor alone until it is done.
+pub fn broadcast_async_(set: &ProcessSet, tensor: &Tensor, name: &str, root: usize) -> Result<TensorHandle> {
+    submit(set, in_place(tensor, name, OpKind::Broadcast { root })?)
+}
+
+/// Overwrites `tensor` with that of rank `root`, a rank of the world.
+pub fn broadcast_(set: &ProcessSet, tensor: &Tensor, name: &str, root: usize) -> Result<()> {
+    broadcast_async_(set, tensor, name, root)?.wait().map(drop)
+}
+
+/// Starts a broadcast of the tensor of rank `root` into a new tensor.
+pub fn broadcast_async(set: &ProcessSet, tensor: &Tensor, name: &str, root: usize) -> Result<TensorHandle> {
+    broadcast_async_(set, &copy_of(tensor)?, name, root)
+}
+
+/// The tensor of rank `root`, as a new tensor. Kind and shape must be the same on all ranks. The gradient goes to the root.
+pub fn broadcast(set: &ProcessSet, tensor: &Tensor, name: &str, root: usize) -> Result<Tensor> {
+    let result = broadcast_async(set, tensor, name, root)?.wait()?;
+    if gradient::wanted([tensor]) {
+        gradient::of_broadcast(set, name, root, tensor, &result)?;
+    }
+    Ok(result)
+}
+
+/// Starts to gather the ranks' tensors.
+pub fn allgather_async(set: &ProcessSet, tensor: &Tensor, name: &str) -> Result<TensorHandle> {
+    submit(set, of_rows(tensor, name, OpKind::Allgather)?)
+}
+
+/// The ranks' tensors one after the other along the first dimension, in which they may differ. A gradient goes through.
+pub fn allgather(set: &ProcessSet, tensor: &Tensor, name: &str) -> Result<Tensor> {
+    let (result, rows) = allgather_async(set, tensor, name)?.wait_with_rows()?;
+    if gradient::wanted([tensor]) {
+        gradient::of_allgather(set, name, &[&rows], &[tensor], std::slice::from_ref(&result))?;
+    }
+    Ok(result)
+}
+
+/// Starts to gather several of the ranks' tensors, negotiated as one.
+pub fn grouped_allgather_async(set: &ProcessSet, tensors: &[&Tensor], name: &str) -> Result<GroupHandle> {
+    let member = |(at, tensor): (usize, &&Tensor)| of_rows(tensor, &member(name, at), OpKind::Allgather);
+    submit_group(set, name, tensors.iter().enumerate().map(member))
+}
+
+/// As [`allgather`] for several tensors, negotiated as one.
+pub fn grouped_allgather(set: &ProcessSet, tensors: &[&Tensor], name: &str) -> Result<Vec<Tensor>> {
+    let (results, rows): (Vec<_>, Vec<_>) =
+        grouped_allgather_async(set, tensors, name)?.wait_with_rows()?.into_iter().unzip();
+    if gradient::wanted(tensors.iter().copied()) {
+        let rows: Vec<_> = rows.iter().map(Vec::as_slice).collect();
+        gradient::of_allgather(set, name, &rows, tensors, &results)?;
+    }
+    Ok(results)
+}
+
+/// Starts to send each rank its rows; [`TensorHandle::wait_with_rows`] also gives how many came from each.
+pub fn alltoall_async(set: &ProcessSet, tensor: &Tensor, name: &str, splits: Option<&[i64]>) -> Result<TensorHandle> {
+    let whole = |&rows: &i64| {
+        usize::try_from(rows)
+            .map_err(|_| Error::invalid(format!("`{name}`: {rows} rows in `splits`; expected 0 or more")))
+    };
+    let splits = splits.map(|splits| splits.iter().map(whole).collect::<Result<Vec<_>>>()).transpose()?;
+    submit(set, of_rows(tensor, name, OpKind::Alltoall { splits })?)
+}
+
+/// Sends each rank its rows: what came from all, by rank, and how many rows from each. `splits` says how many rows go to
+/// each rank, one after the other, and must sum to all rows; without, equally many go to each. A gradient goes through.
+pub fn alltoall(set: &ProcessSet, tensor: &Tensor, name: &str, splits: Option<&[i64]>) -> Result<(Tensor, Vec<i64>)> {
+    let (result, received) = alltoall_async(set, tensor, name, splits)?.wait_with_rows()?;
+    if gradient::wanted([tensor]) {
+        gradient::of_alltoall(set, name, &received, tensor, &result)?;
+    }
+    Ok((result, received))
+}
