@@ -68,6 +68,9 @@ impl Mlp {
 /// The largest difference of two tensors' elements.
 pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
+    if a.numel() == 0 {
+        return 0.0;
+    }
     (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
 }
 
