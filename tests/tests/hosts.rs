@@ -10,7 +10,7 @@ fn worker(hosts: &Hosts, ranks: &[usize]) -> Job {
 
 fn conformance(hosts: &Hosts, ranks: &[usize], backend: &str) -> Job {
     let seed = seed().to_string();
-    worker(hosts, ranks).args(["conformance", "--expect-backend", backend, "--seed", &seed, "--cases", "20"])
+    worker(hosts, ranks).args(["conformance", "--expect-backend", backend, "--seed", &seed, "--cases", "8"])
 }
 
 #[test]
