@@ -108,6 +108,7 @@ sizes() {
 ours() {
     local ranks=$1
     record hvd mpirun.openmpi -np "$ranks" "$HVD_PERF" allreduce -e "$(largest "$ranks")" --json
+    [ "$ranks" -gt 2 ] || record hvd mpirun.openmpi -np "$ranks" "$HVD_PERF" allreduce -b 1M -e "$(largest "$ranks")" --buffer shared --json
     [ "$ranks" -gt 2 ] || record hvd mpirun.openmpi -np "$ranks" "$HVD_PERF" fusion --json
 }
 

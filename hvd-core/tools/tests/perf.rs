@@ -34,7 +34,8 @@ fn rows(size: usize, job: &str, args: &[&str]) -> Vec<Value> {
 
 #[test]
 fn every_bench_is_right_on_several_ranks() {
-    for (bench, size) in [("allreduce", 2), ("allgather", 3), ("broadcast", 2), ("fusion", 3)] {
+    let benches = ["allreduce", "allgather", "broadcast", "reducescatter", "alltoall", "fusion"];
+    for (bench, size) in benches.into_iter().zip([2, 3, 2, 3, 3, 3]) {
         let args = [bench, "-b", "4K", "-e", "64K", "--iters", "2", "--warmup", "1", "--tensors", "5", "--check"];
         for backend in ["shm", "tcp"] {
             let rows = rows(size, &format!("{bench}-{backend}"), &[&args[..], &["--backend", backend]].concat());
@@ -51,11 +52,21 @@ fn every_bench_is_right_on_several_ranks() {
 }
 
 #[test]
+fn shared_buffers_are_reduced_in_place() {
+    for bench in ["allreduce", "fusion"] {
+        let args = [bench, "-b", "4K", "-e", "64K", "--iters", "2", "--tensors", "5", "--check", "--buffer", "shared"];
+        for row in rows(2, &format!("{bench}-shared"), &args) {
+            assert_eq!((&row["errors"], &row["buffer"]), (&0.into(), &"shared".into()), "{row}");
+        }
+    }
+}
+
+#[test]
 fn every_type_and_operation_is_right() {
     for dtype in ["f16", "bf16", "f32", "f64", "i8", "i16", "i32", "i64", "u8"] {
-        for op in ["sum", "average", "min", "max", "product"] {
+        for op in ["sum", "average", "min", "max", "product", "adasum"] {
             let small = ["i8", "i16", "u8"].contains(&dtype);
-            if small && ["average", "product"].contains(&op) {
+            if small && ["average", "product"].contains(&op) || op == "adasum" && !dtype.contains('f') {
                 continue;
             }
             let args = ["allreduce", "-b", "1000", "-e", "1000", "--iters", "1", "--warmup", "0", "--check"];

@@ -127,18 +127,17 @@ fn over_transport(
         Route::Hierarchical => backend.hosts.as_ref().map_or(1, |hosts| hosts.chunks()),
         _ => 1,
     };
-    let staging = match (&inputs[..], &outputs[..]) {
-        ([input], [output]) if treatment.is_plain() => Staging::in_place(input, output, conversion.user, chunks),
-        _ => {
-            let elements = inputs.iter().map(|input| input.len() / conversion.user.size());
-            let parts = elements.map(|elements| even_chunks(elements, chunks)).collect();
-            let staging = Staging::new(parts, conversion, backend.take_buffer());
-            staging.copy_in(&inputs);
-            staging
-        }
-    };
+    let staging = staging(&treatment, &inputs, &outputs, chunks, backend);
     let (rank, size, tag) = (backend.rank, backend.size, backend.next_tag());
     let (buffer, chunks) = (staging.buffer(), staging.chunks());
+    let feed = match route {
+        Route::Ring if reduction.op.is_elementwise() => staging.feed(inputs.clone(), outputs.clone()),
+        _ => {
+            staging.copy_in(&inputs);
+            None
+        }
+    };
+    let is_fed = feed.is_some();
     let collective: Box<dyn Collective> = match (route, &backend.hosts) {
         _ if !reduction.op.is_elementwise() => {
             let lengths: Vec<_> = inputs.iter().map(|input| input.len() / conversion.user.size()).collect();
@@ -148,12 +147,34 @@ fn over_transport(
             let hosts = hosts.clone();
             Box::new(HierarchicalAllreduce::new(hosts, size, buffer, &chunks, reduction, tag, segment_bytes)?)
         }
-        (Route::Ring, _) => Box::new(RingAllreduce::new(rank, size, buffer, chunks, reduction, tag, segment_bytes)),
+        (Route::Ring, _) => {
+            let ring = RingAllreduce::new(rank, size, buffer, chunks, reduction, tag, segment_bytes);
+            Box::new(ring.fed_by(feed))
+        }
         _ => Box::new(DoublingAllreduce::new(rank, size, buffer, reduction, tag)),
     };
     Ok(Simple::operation(collective, move || {
-        let buffer = staging.copy_out(&outputs);
+        let buffer = if is_fed { staging.into_buffer() } else { staging.copy_out(&outputs) };
         treatment.finish(&outputs);
         Finished { outputs, buffer, ..Finished::default() }
     }))
+}
+
+/// Where the tensors travel: in their own memory, or in a buffer of so many `chunks` that is still empty.
+fn staging(
+    treatment: &Treatment,
+    inputs: &[Memory],
+    outputs: &[Memory],
+    chunks: usize,
+    backend: &mut Backend,
+) -> Staging {
+    let conversion = treatment.conversion;
+    match (inputs, outputs) {
+        ([input], [output]) if treatment.is_plain() => Staging::in_place(input, output, conversion.user, chunks),
+        _ => {
+            let elements = inputs.iter().map(|input| input.len() / conversion.user.size());
+            let parts = elements.map(|elements| even_chunks(elements, chunks)).collect();
+            Staging::new(parts, conversion, backend.take_buffer())
+        }
+    }
 }

@@ -37,7 +37,7 @@ pub struct Args {
     #[arg(long, default_value = "f32")]
     pub dtype: Type,
 
-    /// How elements are combined: sum, average, min, max, product
+    /// How elements are combined: sum, average, min, max, product, adasum
     #[arg(long, default_value = "sum")]
     pub op: Op,
 
@@ -94,6 +94,10 @@ pub enum Bench {
     Allgather,
     /// One blocking broadcast from rank 0.
     Broadcast,
+    /// One blocking reducescatter.
+    Reducescatter,
+    /// One blocking alltoall of equal blocks.
+    Alltoall,
     /// Many asynchronous allreduces, then a wait for all.
     Fusion,
 }
@@ -116,6 +120,8 @@ pub enum BackendChoice {
 pub enum BufferKind {
     /// Each rank's own.
     Private,
+    /// Handed out by the runtime and reduced in place, where all ranks are on one host.
+    Shared,
 }
 
 impl BufferKind {
@@ -123,6 +129,7 @@ impl BufferKind {
     pub fn name(self) -> &'static str {
         match self {
             BufferKind::Private => "private",
+            BufferKind::Shared => "shared",
         }
     }
 }
@@ -195,9 +202,10 @@ impl FromStr for Op {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let all = [ReduceOp::Sum, ReduceOp::Average, ReduceOp::Min, ReduceOp::Max, ReduceOp::Product];
+        use ReduceOp::{Adasum, Average, Max, Min, Product, Sum};
+        let all = [Sum, Average, Min, Max, Product, Adasum];
         let named = all.into_iter().find(|&op| Op(op).name() == text);
-        named.map(Op).ok_or_else(|| "expected sum, average, min, max or product".into())
+        named.map(Op).ok_or_else(|| "expected sum, average, min, max, product or adasum".into())
     }
 }
 
@@ -233,6 +241,10 @@ impl Args {
         ensure!(self.iters != Some(0), "--iters 0 measures nothing; give at least 1");
         ensure!(self.tensors > 0, "--tensors 0 measures nothing; give at least 1");
         ensure!(
+            self.buffer == BufferKind::Private || matches!(self.bench, Bench::Allreduce | Bench::Fusion),
+            "--buffer shared is for allreduce and fusion: nothing else is done in place"
+        );
+        ensure!(
             !self.reduces() || self.op.0.supports(self.dtype.0),
             "--op {} is not defined for --dtype {}",
             self.op.name(),
@@ -258,7 +270,7 @@ impl Args {
 
     /// Whether elements are combined.
     pub(super) fn reduces(&self) -> bool {
-        matches!(self.bench, Bench::Allreduce | Bench::Fusion)
+        matches!(self.bench, Bench::Allreduce | Bench::Reducescatter | Bench::Fusion)
     }
 
     fn first(&self) -> usize {
@@ -306,6 +318,7 @@ mod tests {
             ("allreduce -b 2K -e 1K", "--max-bytes"),
             ("allreduce --iters 0", "--iters"),
             ("fusion --tensors 0", "--tensors"),
+            ("broadcast --buffer shared", "--buffer"),
             ("allreduce --dtype u8 --op product", "--dtype"),
         ] {
             let error = args(line).validate().expect_err(line).to_string();

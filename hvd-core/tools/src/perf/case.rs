@@ -1,9 +1,10 @@
 //! One operation at one size, as it is repeated.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use hvd_core::{Allreduce, World};
 
 use super::args::{Args, Bench};
+use super::buffer::{Buffer, private};
 use super::check::{Value, count_wrong, input, reduced, tolerance};
 
 /// An operation with its buffers.
@@ -32,27 +33,27 @@ pub fn make<'a, T: Value>(world: &'a World, args: &'a Args, bytes: usize) -> Res
     let count = (bytes / size_of::<T>()).max(1);
     let common = Common { world, args };
     Ok(match args.bench {
-        Bench::Allreduce => Box::new(OneAllreduce { common, data: buffer::<T>(count)? }),
-        Bench::Broadcast => Box::new(OneBroadcast { common, data: buffer::<T>(count)? }),
+        Bench::Allreduce => Box::new(OneAllreduce { common, data: Buffer::<T>::new(world, args.buffer, count)? }),
+        Bench::Broadcast => Box::new(OneBroadcast { common, data: private::<T>(count)? }),
         Bench::Allgather => {
-            let own = buffer::<T>((count / world.size()).max(1))?;
+            let own = private::<T>((count / world.size()).max(1))?;
             Box::new(OneAllgather { common, own, all: Vec::new() })
         }
+        Bench::Reducescatter => {
+            let data = private::<T>((count / world.size()).max(1) * world.size())?;
+            Box::new(OneReducescatter { common, data, share: Vec::new() })
+        }
+        Bench::Alltoall => {
+            let data = private::<T>((count / world.size()).max(1) * world.size())?;
+            Box::new(OneAlltoall { common, data, blocks: Vec::new() })
+        }
         Bench::Fusion => {
-            let tensors = (0..args.tensors).map(|_| buffer::<T>(count)).collect::<Result<_>>()?;
+            let tensor = |_| Buffer::<T>::new(world, args.buffer, count);
+            let tensors = (0..args.tensors).map(tensor).collect::<Result<_>>()?;
             let names = (0..args.tensors).map(|index| format!("fusion.{bytes}.{index}")).collect();
             Box::new(Fusion { common, names, tensors })
         }
     })
-}
-
-fn buffer<T: Value>(count: usize) -> Result<Vec<T>> {
-    let mut data = Vec::new();
-    let bytes = count * size_of::<T>();
-    data.try_reserve_exact(count)
-        .with_context(|| format!("no memory for a buffer of {bytes} bytes; lower --max-bytes"))?;
-    data.resize(count, T::default());
-    Ok(data)
 }
 
 /// What all operations know.
@@ -76,15 +77,16 @@ impl Common<'_> {
         data.iter_mut().enumerate().for_each(|(index, value)| *value = T::of(input(self.args.op.0, rank, index)));
     }
 
-    fn wrong_sums<T: Value>(&self, data: &[T]) -> u64 {
+    /// Elements that are not the ranks' combined elements from `first` on.
+    fn wrong_sums<T: Value>(&self, data: &[T], first: usize) -> u64 {
         let ranks = self.world.size();
         let tolerance = tolerance(T::DTYPE, self.args.compression.into(), ranks);
-        count_wrong(data, tolerance, |index| reduced(self.args.op.0, T::DTYPE, ranks, index))
+        count_wrong(data, tolerance, |index| reduced(self.args.op.0, T::DTYPE, ranks, first + index))
     }
 
-    /// Elements that are not those of `rank`.
-    fn wrong_copies<T: Value>(&self, data: &[T], rank: usize) -> u64 {
-        count_wrong(data, 0.0, |index| input(self.args.op.0, rank, index))
+    /// Elements that are not those of `rank` from `first` on.
+    fn wrong_copies<T: Value>(&self, data: &[T], rank: usize, first: usize) -> u64 {
+        count_wrong(data, 0.0, |index| input(self.args.op.0, rank, first + index))
     }
 }
 
@@ -94,7 +96,7 @@ fn ring_share(ranks: usize) -> f64 {
 
 struct OneAllreduce<'a, T> {
     common: Common<'a>,
-    data: Vec<T>,
+    data: Buffer<T>,
 }
 
 impl<T: Value> Case for OneAllreduce<'_, T> {
@@ -120,7 +122,7 @@ impl<T: Value> Case for OneAllreduce<'_, T> {
     }
 
     fn errors(&self) -> u64 {
-        self.common.wrong_sums(&self.data)
+        self.common.wrong_sums(&self.data, 0)
     }
 }
 
@@ -152,7 +154,7 @@ impl<T: Value> Case for OneBroadcast<'_, T> {
     }
 
     fn errors(&self) -> u64 {
-        self.common.wrong_copies(&self.data, 0)
+        self.common.wrong_copies(&self.data, 0, 0)
     }
 }
 
@@ -187,14 +189,87 @@ impl<T: Value> Case for OneAllgather<'_, T> {
     fn errors(&self) -> u64 {
         let parts = self.all.chunks(self.own.len()).enumerate();
         let missing = (self.own.len() * self.common.world.size()).abs_diff(self.all.len());
-        missing as u64 + parts.map(|(rank, part)| self.common.wrong_copies(part, rank)).sum::<u64>()
+        missing as u64 + parts.map(|(rank, part)| self.common.wrong_copies(part, rank, 0)).sum::<u64>()
+    }
+}
+
+struct OneReducescatter<'a, T> {
+    common: Common<'a>,
+    data: Vec<T>,
+    share: Vec<T>,
+}
+
+impl<T: Value> Case for OneReducescatter<'_, T> {
+    fn name(&self) -> String {
+        "reducescatter".into()
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(&self.data[..])
+    }
+
+    fn bus_factor(&self, ranks: usize) -> f64 {
+        ring_share(ranks)
+    }
+
+    fn refill(&mut self) {
+        self.common.fill(&mut self.data);
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let name = format!("reducescatter.{}", self.bytes());
+        self.share = self.common.world.reducescatter(&name, &self.data, self.common.options())?;
+        Ok(())
+    }
+
+    fn errors(&self) -> u64 {
+        let each = self.data.len() / self.common.world.size();
+        let first = each * self.common.world.rank();
+        each.abs_diff(self.share.len()) as u64 + self.common.wrong_sums(&self.share, first)
+    }
+}
+
+struct OneAlltoall<'a, T> {
+    common: Common<'a>,
+    data: Vec<T>,
+    blocks: Vec<T>,
+}
+
+impl<T: Value> Case for OneAlltoall<'_, T> {
+    fn name(&self) -> String {
+        "alltoall".into()
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(&self.data[..])
+    }
+
+    fn bus_factor(&self, ranks: usize) -> f64 {
+        ring_share(ranks)
+    }
+
+    fn refill(&mut self) {
+        self.common.fill(&mut self.data);
+    }
+
+    fn run(&mut self) -> Result<()> {
+        self.blocks = self.common.world.alltoall(&format!("alltoall.{}", self.bytes()), &self.data, None)?.0;
+        Ok(())
+    }
+
+    fn errors(&self) -> u64 {
+        let each = self.data.len() / self.common.world.size();
+        let first = each * self.common.world.rank();
+        let blocks = self.blocks.chunks(each).enumerate();
+        let wrong: u64 = blocks.map(|(rank, block)| self.common.wrong_copies(block, rank, first)).sum();
+        self.data.len().abs_diff(self.blocks.len()) as u64 + wrong
     }
 }
 
 struct Fusion<'a, T> {
     common: Common<'a>,
     names: Vec<String>,
-    tensors: Vec<Vec<T>>,
+    tensors: Vec<Buffer<T>>,
 }
 
 impl<T: Value> Case for Fusion<'_, T> {
@@ -217,14 +292,14 @@ impl<T: Value> Case for Fusion<'_, T> {
     fn run(&mut self) -> Result<()> {
         let Common { world, .. } = self.common;
         let options = self.common.options();
-        let start = |(name, tensor): (&String, Vec<T>)| world.allreduce_async(name, tensor, options);
+        let start = |(name, tensor): (&String, Buffer<T>)| tensor.allreduce_async(world, name, options);
         let handles: Vec<_> = self.names.iter().zip(self.tensors.drain(..)).map(start).collect::<Result<_, _>>()?;
         self.tensors = handles.into_iter().map(|handle| handle.wait()).collect::<Result<_, _>>()?;
         Ok(())
     }
 
     fn errors(&self) -> u64 {
-        self.tensors.iter().map(|tensor| self.common.wrong_sums(tensor)).sum()
+        self.tensors.iter().map(|tensor| self.common.wrong_sums(tensor, 0)).sum()
     }
 }
 

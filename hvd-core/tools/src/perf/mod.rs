@@ -4,6 +4,7 @@
 //! iteration's time is that of its slowest rank; the median over the iterations counts.
 
 mod args;
+mod buffer;
 mod case;
 mod check;
 mod report;
