@@ -9,7 +9,7 @@ use hvd_core::shm::*;
 use hvd_core::transport::Tag;
 use hvd_core::transport::thread::ThreadTransport;
 use hvd_core::{DType, Memory, ReduceOp};
-use shm_support::in_group;
+use shm_support::{Member, in_group};
 use support::{bytes, close, on_each};
 
 /// No multiple of anything.
@@ -158,33 +158,49 @@ fn a_message() {
 #[ignore = "needs 9 GiB"]
 fn through_memory() {
     in_group(2, 128 << 10, |member| {
-        let (group, rank) = (member.group.clone(), member.transport.rank());
-        let memory = input(rank);
-        let part = Part { input: memory.clone(), output: memory.clone(), elements: ELEMENTS };
-        let reduce = ShmAllreduce::new(group.clone(), vec![part], DType::U8, SUM, 1.0, 1.0).unwrap();
-        member.run(&mut [Box::new(reduce)]);
-        Pattern::sum().check(bytes(&memory), 0);
-
-        let memory = input(rank);
-        member.run(&mut [Box::new(ShmBroadcast::new(group.clone(), memory.clone(), 1).unwrap())]);
-        Pattern::of(1).check(bytes(&memory), 0);
-
-        let (memory, cut) = (input(rank), ELEMENTS - 3);
-        let own = if rank == 0 { 0..cut } else { cut..ELEMENTS };
-        let gather = ShmAllgather::new(group.clone(), memory.slice(own), memory.clone(), &[cut, 3]).unwrap();
-        member.run(&mut [Box::new(gather)]);
-        Pattern::of(0).check(&bytes(&memory)[..cut], 0);
-        Pattern::of(1).check(&bytes(&memory)[cut..], cut);
-
-        let (memory, output) = (input(rank), Memory::zeroed(splits().received(rank)[1].end));
-        let alltoall = ShmAlltoall::new(group.clone(), &splits(), memory.clone(), output.clone()).unwrap();
-        member.run(&mut [Box::new(alltoall)]);
-        check_alltoall(rank, &output);
-
-        let chunks = vec![0..5, 5..ELEMENTS];
-        let (start, output) = (chunks[rank].start, Memory::zeroed(chunks[rank].len()));
-        let scatter = ShmReducescatter::new(group, memory, output.clone(), chunks, DType::U8, SUM, 1.0, 1.0).unwrap();
-        member.run(&mut [Box::new(scatter)]);
-        Pattern::sum().check(bytes(&output), start);
+        allreduce_through_memory(member);
+        broadcast_and_allgather_through_memory(member);
+        alltoall_and_reducescatter_through_memory(member);
     });
+}
+
+fn allreduce_through_memory(member: &mut Member) {
+    let memory = input(member.group.rank());
+    let part = Part { input: memory.clone(), output: memory.clone(), elements: ELEMENTS };
+    let reduce = ShmAllreduce::new(member.group.clone(), vec![part], DType::U8, SUM, 1.0, 1.0).unwrap();
+    member.run(&mut [Box::new(reduce)]);
+    Pattern::sum().check(bytes(&memory), 0);
+}
+
+fn broadcast_and_allgather_through_memory(member: &mut Member) {
+    let (group, rank) = (member.group.clone(), member.group.rank());
+    let (memory, cut) = (input(rank), ELEMENTS - 3);
+    let own = if rank == 0 { 0..cut } else { cut..ELEMENTS };
+    let gather = ShmAllgather::new(group.clone(), memory.slice(own), memory.clone(), &[cut, 3]).unwrap();
+    member.run(&mut [Box::new(gather)]);
+    Pattern::of(0).check(&bytes(&memory)[..cut], 0);
+    Pattern::of(1).check(&bytes(&memory)[cut..], cut);
+
+    // The ranks hold the same now; rank 0 alone is given something else to send.
+    if rank == 0 {
+        // SAFETY: no operation uses the memory.
+        unsafe { memory.as_mut_slice() }.fill(77);
+    }
+    member.run(&mut [Box::new(ShmBroadcast::new(group, memory.clone(), 0).unwrap())]);
+    assert!(bytes(&memory).chunks(PERIOD).all(|chunk| chunk == &[77; PERIOD][..chunk.len()]), "a wrong broadcast");
+}
+
+fn alltoall_and_reducescatter_through_memory(member: &mut Member) {
+    let (group, rank) = (member.group.clone(), member.group.rank());
+    let (memory, output) = (input(rank), Memory::zeroed(splits().received(rank)[1].end));
+    let alltoall = ShmAlltoall::new(group.clone(), &splits(), memory.clone(), output.clone()).unwrap();
+    member.run(&mut [Box::new(alltoall)]);
+    check_alltoall(rank, &output);
+    drop(output);
+
+    let chunks = vec![0..5, 5..ELEMENTS];
+    let (start, output) = (chunks[rank].start, Memory::zeroed(chunks[rank].len()));
+    let scatter = ShmReducescatter::new(group, memory, output.clone(), chunks, DType::U8, SUM, 1.0, 1.0).unwrap();
+    member.run(&mut [Box::new(scatter)]);
+    Pattern::sum().check(bytes(&output), start);
 }
