@@ -46,12 +46,20 @@ in_the_global_world! {
     broadcast_async_(tensor: &Tensor, name: &str, root: usize) -> TensorHandle;
     broadcast_parameters(params: &[(String, Tensor)], root: usize) -> ();
     broadcast_optimizer_state(optimizer: &mut impl Optimizer, root: usize) -> ();
+    send(tensor: &Tensor, peer: usize, tag: u32) -> ();
+    recv_(tensor: &Tensor, peer: usize, tag: u32) -> ();
     metric_average(value: f64, name: &str) -> f64;
 }
 
 /// Returns on no rank before all ranks of the global world have called it.
 pub fn barrier() -> Result<()> {
     Ok(world()?.barrier()?)
+}
+
+/// Says that this rank has no more data, and waits for all others to say so; the last rank that did. See
+/// [`hvd_core::ProcessSet::join`].
+pub fn join() -> Result<usize> {
+    Ok(world()?.join()?)
 }
 
 /// Starts to write what happens to this rank's tensors to a file that Perfetto opens; see

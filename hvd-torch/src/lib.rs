@@ -51,8 +51,8 @@ pub use global::{
     allgather, allgather_async, allreduce, allreduce_, allreduce_async, allreduce_async_, alltoall, alltoall_async,
     barrier, broadcast, broadcast_, broadcast_async, broadcast_async_, broadcast_optimizer_state, broadcast_parameters,
     grouped_allgather, grouped_allgather_async, grouped_allreduce, grouped_allreduce_, grouped_allreduce_async,
-    grouped_allreduce_async_, grouped_reducescatter, grouped_reducescatter_async, metric_average, reducescatter,
-    reducescatter_async, sparse_allreduce, sparse_allreduce_async, start_timeline, stop_timeline,
+    grouped_allreduce_async_, grouped_reducescatter, grouped_reducescatter_async, join, metric_average, recv_,
+    reducescatter, reducescatter_async, send, sparse_allreduce, sparse_allreduce_async, start_timeline, stop_timeline,
 };
 pub use nn::SyncBatchNorm;
 pub use optim::{AdamW, Optimizer, ParamGroup, ShardedAdamW, TchOptimizer, named_parameters, named_variables};

@@ -171,3 +171,21 @@ fn new_tensors_and_handles_of_every_kind() {
         });
     });
 }
+
+#[test]
+fn tensors_go_from_rank_to_rank() {
+    watched(|| {
+        ranks(2, |world| {
+            for (tag, kind) in KINDS.into_iter().enumerate() {
+                let columns = filled(&[3, 2], 1, kind).tr();
+                if world.rank() == 0 {
+                    ops::send(&world, &columns, 1, tag as u32).unwrap();
+                } else {
+                    let outer = filled(&[2, 5], 0, kind);
+                    ops::recv_(&world, &outer.narrow(1, 1, 3), 0, tag as u32).unwrap();
+                    assert_eq!(values(&outer), [0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0], "{kind:?}");
+                }
+            }
+        });
+    });
+}

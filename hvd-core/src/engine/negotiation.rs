@@ -213,7 +213,8 @@ impl Negotiation {
             let Some(announcement) = self.table.get(name).filter(|_| waited >= age) else { continue };
             if waiting.counted.is_none_or(|round| self.rounds >= round) {
                 let ranks = announcement.ranks();
-                let missing = (0..self.size).filter(|&rank| !ranks.contains(rank)).collect();
+                let lacks = |rank: &usize| !ranks.contains(*rank) && !self.joined.contains(rank);
+                let missing = (0..self.size).filter(lacks).collect();
                 let speaks = ranks.iter().next() == Some(self.rank);
                 overdue.push(Overdue { name: name.clone(), waited, missing, speaks });
             }

@@ -1,12 +1,13 @@
-//! Operations that move elements and combine none: broadcast, allgather, alltoall.
+//! Operations that move elements and combine none: broadcast, allgather, alltoall, messages from rank to rank.
 
-use hvd_core::{OpKind, ProcessSet};
+use hvd_core::{OpKind, ProcessSet, World};
 use tch::Tensor;
 
 use super::gradient;
-use super::handle::{GroupHandle, TensorHandle, copy_of, in_place, of_rows, submit, submit_group};
+use super::handle::{GroupHandle, TensorHandle, copy_of, in_place, of_rows, stage, submit, submit_group};
 use super::reduce::member;
 use crate::error::{Error, Result};
+use crate::memory;
 
 /// Starts a broadcast that overwrites `tensor` with that of rank `root`. Leave the tensor alone until it is done.
 pub fn broadcast_async_(set: &ProcessSet, tensor: &Tensor, name: &str, root: usize) -> Result<TensorHandle> {
@@ -81,4 +82,24 @@ pub fn alltoall(set: &ProcessSet, tensor: &Tensor, name: &str, splits: Option<&[
         gradient::of_alltoall(set, name, &received, tensor, &result)?;
     }
     Ok((result, received))
+}
+
+/// Sends the elements of `tensor` to rank `peer`, which receives them under the same `tag`; see [`hvd_core::World::send`].
+pub fn send(world: &World, tensor: &Tensor, peer: usize, tag: u32) -> Result<()> {
+    let elements = memory::of(&stage(tensor)?)?;
+    // SAFETY: the elements are those of a copy of ours.
+    Ok(world.send::<u8>(peer, tag, unsafe { elements.as_slice() })?)
+}
+
+/// Overwrites `tensor` with what rank `peer` sends under `tag`: as many bytes, and of the same kind, which is not checked.
+///
+/// # Errors
+/// If the number of bytes differs; see [`hvd_core::World::recv_into`].
+pub fn recv_(world: &World, tensor: &Tensor, peer: usize, tag: u32) -> Result<()> {
+    let staged = stage(tensor)?;
+    let elements = memory::of(&staged)?;
+    // SAFETY: the elements are those of a copy of ours, which nobody else touches.
+    world.recv_into::<u8>(peer, tag, unsafe { elements.as_mut_slice() })?;
+    tch::no_grad(|| tensor.shallow_clone().f_copy_(&staged))?;
+    Ok(())
 }

@@ -169,7 +169,7 @@ pub(super) fn submit_group(
 }
 
 /// A contiguous copy on the CPU.
-fn stage(tensor: &Tensor) -> Result<Tensor> {
+pub(super) fn stage(tensor: &Tensor) -> Result<Tensor> {
     copy_to(tensor, Device::Cpu)
 }
 

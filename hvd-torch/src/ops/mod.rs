@@ -33,7 +33,7 @@ mod sparse;
 pub use crate::broadcast::{broadcast_optimizer_state, broadcast_parameters};
 pub use exchange::{
     allgather, allgather_async, alltoall, alltoall_async, broadcast, broadcast_, broadcast_async, broadcast_async_,
-    grouped_allgather, grouped_allgather_async,
+    grouped_allgather, grouped_allgather_async, recv_, send,
 };
 pub(crate) use handle::copy_of;
 pub use handle::{GroupHandle, TensorHandle};
