@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use crate::config::{Config, KNOBS, OTHERS, remarks};
 use crate::topology::{Launch, Vars};
 
-pub use crate::engine::fuzzing::negotiation;
-pub use crate::transport::tcp::fuzzing::frames;
-pub use crate::transport::tcp::rendezvous::fuzzing::handshake;
+pub use crate::engine::fuzzing::{negotiation, valid_negotiation};
+pub use crate::transport::tcp::fuzzing::{frames, valid_frames};
+pub use crate::transport::tcp::rendezvous::fuzzing::{handshake, valid_handshakes};
 pub use crate::world::objects::decode;
 
 /// Variables of the launchers, beside our own.
@@ -74,9 +74,6 @@ mod tests {
     use proptest::sample::Index;
 
     use super::*;
-    use crate::engine::fuzzing::valid_negotiation;
-    use crate::transport::tcp::fuzzing::valid_frames;
-    use crate::transport::tcp::rendezvous::fuzzing::valid_handshakes;
 
     /// One way to spoil bytes.
     #[derive(Clone, Debug)]
