@@ -7,14 +7,12 @@
 
 pub mod config;
 pub mod device;
-pub mod dtype;
 pub mod error;
 pub mod logging;
 pub mod memory;
 pub mod topology;
 
-pub mod reduce;
-pub mod wire;
+pub use hvd_kernels::{dtype, reduce, wire};
 
 pub mod transport;
 

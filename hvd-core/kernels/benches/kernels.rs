@@ -1,9 +1,9 @@
 //! Throughput of the kernels, in bytes of memory read and written, beside that of a plain copy.
 //!
-//! `cargo bench -p hvd-core --bench kernels`; with `-- 'L2|memory'` only these sizes.
+//! `cargo bench -p hvd-kernels --bench kernels`; with `-- 'L2|memory'` only these sizes.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use hvd_core::{DType, ReduceOp, reduce, wire};
+use hvd_kernels::{DType, ReduceOp, reduce, wire};
 
 /// A size that stays in the second-level cache, and one that does not stay in any.
 const SIZES: [(&str, usize); 2] = [("L2", 128 << 10), ("memory", 64 << 20)];
