@@ -6,7 +6,7 @@ use support::reference::Reference;
 use support::{distance, ids, lively_model, tiny};
 use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
-use transformer_lm::model::{IGNORE_INDEX, ModelConfig, TransformerLM};
+use transformer_lm::model::{IGNORE_INDEX, ModelConfig, Positions, TransformerLM};
 
 fn two_sequences() -> Vec<Vec<usize>> {
     vec![vec![3, 0, 10, 4, 4, 1], vec![9, 2, 2, 0, 6, 5]]
@@ -31,6 +31,21 @@ fn logits_agree_with_plain_loops() {
             assert!(error < tolerance, "{kind:?}: {error}");
         }
     }
+}
+
+#[test]
+fn sinusoidal_positions_are_sines_and_cosines_and_no_parameters() {
+    let config = ModelConfig { positions: Positions::Sinusoidal, ..tiny() };
+    let (_store, model) = lively_model(&config, Kind::Double);
+    let mut reference = Reference::of(&model.parameters(), &config);
+    assert_eq!(reference.parameters.values().map(Vec::len).sum::<usize>(), config.parameter_count());
+    let angle = |t: usize, i: usize| t as f64 * (-(10_000f64.ln()) * (2 * i) as f64 / 8.0).exp();
+    let row = |t: usize| (0..4).flat_map(move |i| [angle(t, i).sin(), angle(t, i).cos()]);
+    assert!(reference.parameters.insert("wpe.weight".into(), (0..6).flat_map(row).collect()).is_none());
+    let rows = two_sequences();
+    let logits = model.forward_t(&ids(&rows), None, None, false).unwrap().0;
+    let expected = tensor_of(&reference.logits(&rows[1], &[true; 6]));
+    assert!(distance(&logits.get(1), &expected) < 1e-12);
 }
 
 #[test]

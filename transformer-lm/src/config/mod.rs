@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, Positions};
 use crate::{Error, Result};
 
 mod layers;
@@ -74,6 +74,8 @@ pub struct ModelSection {
     pub dropout: f64,
     /// Context: the most tokens that the model sees at once.
     pub max_seq_len: usize,
+    /// Whether positions are learned or sinusoidal.
+    pub positions: Positions,
     /// Size of the vocabulary, or `auto`: that of the prepared data.
     pub vocab_size: VocabSize,
     /// Token that only fills up, or null. With `vocab_size: auto` an id beyond the vocabulary counts as null.
@@ -89,6 +91,7 @@ impl Default for ModelSection {
             d_ff: 3072,
             dropout: 0.1,
             max_seq_len: 512,
+            positions: Positions::Learned,
             vocab_size: VocabSize::Fixed(50257),
             pad_token_id: Some(50256),
         }
@@ -366,6 +369,7 @@ impl Config {
             n_layers: model.n_layers,
             d_ff: model.d_ff,
             max_seq_len: model.max_seq_len,
+            positions: model.positions,
             dropout: model.dropout,
             pad_token_id: model.pad_token_id,
             label_smoothing: self.training.label_smoothing,

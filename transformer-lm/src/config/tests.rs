@@ -25,6 +25,7 @@ const WRONG: &[(&str, &[&str])] = &[
     ("model: {dropout: 1.0}", &["model.dropout = 1.0", "less than 1"]),
     ("model: {dropout: .nan}", &["model.dropout", "less than 1"]),
     ("model: {dropout: -0.1}", &["model.dropout = -0.1"]),
+    ("model: {positions: rotary}", &["model.positions = \"rotary\"", "one of learned, sinusoidal"]),
     ("model: {max_seq_len: 1}", &["model.max_seq_len = 1", "at least 2"]),
     ("model: {vocab_size: 1}", &["model.vocab_size = 1"]),
     ("model: {vocab_size: automatic}", &["model.vocab_size = \"automatic\"", "or auto"]),

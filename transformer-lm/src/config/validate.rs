@@ -21,6 +21,7 @@ pub(super) const EXPECTED: &[(&str, &str)] = &[
     ("model.d_ff", COUNT),
     ("model.dropout", SHARE),
     ("model.max_seq_len", "a whole number of at least 2"),
+    ("model.positions", "one of learned, sinusoidal"),
     ("model.vocab_size", "a whole number of at least 2, or auto"),
     ("model.pad_token_id", "a token id (a whole number of at least 0 and less than model.vocab_size), or null"),
     ("training.init_from", PATH_OR_NULL),

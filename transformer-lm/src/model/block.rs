@@ -29,6 +29,9 @@ impl Linear {
     }
 }
 
+/// Added to the variance in layer normalisation.
+pub const LAYER_NORM_EPS: f64 = 1e-5;
+
 /// Layer normalisation with weight and bias.
 #[derive(Debug)]
 pub(super) struct LayerNorm {
@@ -47,7 +50,7 @@ impl LayerNorm {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {
-        x.layer_norm([self.width], Some(&self.weight), Some(&self.bias), 1e-5, true)
+        x.layer_norm([self.width], Some(&self.weight), Some(&self.bias), LAYER_NORM_EPS, true)
     }
 }
 

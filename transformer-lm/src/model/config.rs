@@ -4,6 +4,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
+/// How a model tells positions apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Positions {
+    /// A trained vector for each position, as in GPT-2.
+    #[default]
+    Learned,
+    /// Fixed sines and cosines of growing wavelengths (Vaswani et al., 2017, section 3.5), added as they are.
+    Sinusoidal,
+}
+
 /// The shape of a [`TransformerLM`](super::TransformerLM) and how it is trained. The default is GPT-2's 124M.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -20,6 +31,8 @@ pub struct ModelConfig {
     pub d_ff: usize,
     /// Longest sequence that the model can see, in tokens.
     pub max_seq_len: usize,
+    /// How positions are told apart.
+    pub positions: Positions,
     /// Probability that an activation is zeroed in training, in `[0, 1)`.
     pub dropout: f64,
     /// Fills the rows of a batch that `generate` ended early; without it the end token does. May lie outside the
@@ -40,6 +53,7 @@ impl Default for ModelConfig {
             n_layers: 12,
             d_ff: 3072,
             max_seq_len: 512,
+            positions: Positions::Learned,
             dropout: 0.1,
             pad_token_id: Some(50256),
             label_smoothing: 0.0,
@@ -76,12 +90,23 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// Trainable numbers of the positions.
+    pub fn position_parameter_count(&self) -> usize {
+        match self.positions {
+            Positions::Learned => self.max_seq_len * self.d_model,
+            Positions::Sinusoidal => 0,
+        }
+    }
+
     /// Number of trainable numbers; the head shares the embedding's.
     pub fn parameter_count(&self) -> usize {
         let (d, ff) = (self.d_model, self.d_ff);
         let attention = (d * 3 * d + 3 * d) + (d * d + d);
         let feed_forward = (d * ff + ff) + (ff * d + d);
         let norm = 2 * d;
-        (self.vocab_size + self.max_seq_len) * d + self.n_layers * (attention + feed_forward + 2 * norm) + norm
+        self.position_parameter_count()
+            + self.vocab_size * d
+            + self.n_layers * (attention + feed_forward + 2 * norm)
+            + norm
     }
 }

@@ -1,5 +1,5 @@
-//! The decoder-only transformer, in GPT-2's arrangement: learned positions, normalisation before each part, tanh GELU,
-//! biases everywhere, a head that shares the embedding's weights.
+//! The decoder-only transformer, in GPT-2's arrangement: learned positions (or sinusoidal ones), normalisation before each part,
+//! tanh GELU, biases everywhere, a head that shares the embedding's weights.
 //!
 //! ```
 //! use tch::{Device, Kind, Tensor, nn};
@@ -24,6 +24,7 @@ mod config;
 mod decode;
 mod init;
 mod loss;
+mod positions;
 pub mod random;
 pub mod sampling;
 mod weights;
@@ -36,8 +37,9 @@ use block::{Attend, Block, LayerNorm, dropout};
 use init::Init;
 
 pub use backward::Backward;
+pub use block::LAYER_NORM_EPS;
 pub use cache::KvCache;
-pub use config::ModelConfig;
+pub use config::{ModelConfig, Positions};
 pub use decode::{Generation, GenerationParams};
 pub use loss::{IGNORE_INDEX, LossSums};
 pub use weights::{copy_weights, read_weights};
@@ -46,12 +48,13 @@ pub use weights::{copy_weights, read_weights};
 const STD: f64 = 0.02;
 
 /// A GPT. Its parameters live in the store it was made in, under GPT-2's names: `wte.weight` (vocabulary, D),
-/// `wpe.weight` (positions, D), `h.0.ln_1.weight`, `h.0.attn.c_attn.weight` (3D, D: queries, keys, values),
+/// `wpe.weight` (positions, D; only where positions are learned), `h.0.ln_1.weight`, `h.0.attn.c_attn.weight` (3D, D: queries, keys, values),
 /// `h.0.attn.c_proj.weight`, `h.0.ln_2.weight`, `h.0.mlp.c_fc.weight` (F, D), `h.0.mlp.c_proj.weight` (D, F) and so on,
 /// `ln_f.weight`, each with its bias. Dense weights are stored (out, in), as torch's Linear does.
 #[derive(Debug)]
 pub struct TransformerLM {
     wte: Tensor,
+    /// (max_seq_len, D); a parameter where positions are learned.
     wpe: Tensor,
     blocks: Vec<Block>,
     ln_f: LayerNorm,
@@ -82,7 +85,10 @@ impl TransformerLM {
         let d = config.d_model;
         Ok(Self {
             wte: init.normal(&(vs / "wte"), "weight", &[config.vocab_size, d], STD),
-            wpe: init.normal(&(vs / "wpe"), "weight", &[config.max_seq_len, d], STD),
+            wpe: match config.positions {
+                Positions::Learned => init.normal(&(vs / "wpe"), "weight", &[config.max_seq_len, d], STD),
+                Positions::Sinusoidal => positions::sinusoidal(config.max_seq_len, d, vs.kind(), vs.device()),
+            },
             blocks: (0..config.n_layers).map(|i| Block::new(&mut init, &(vs / "h" / i), config)).collect(),
             ln_f: LayerNorm::new(&mut init, &(vs / "ln_f"), d),
             config: config.clone(),
@@ -98,6 +104,11 @@ impl TransformerLM {
     /// All parameters with their names, in an order that is the same in every process.
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
         self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    }
+
+    /// What is added to the tokens' embeddings, (max_seq_len, D); a parameter only where positions are learned.
+    pub fn positions(&self) -> Tensor {
+        self.wpe.shallow_clone()
     }
 
     /// Where the parameters are.

@@ -13,7 +13,7 @@ const TRIES: usize = 3;
 /// with, and 12 · layers · width · context for attention (Chowdhery et al., 2022, appendix B). What checkpointing computes a
 /// second time does not count.
 pub fn flops_per_token(shape: &ModelConfig) -> f64 {
-    let multiplied = shape.parameter_count() - shape.max_seq_len * shape.d_model; // positions are added, not multiplied
+    let multiplied = shape.parameter_count() - shape.position_parameter_count(); // positions are added, not multiplied
     let attention = 12 * shape.n_layers * shape.d_model * shape.max_seq_len;
     (6 * multiplied + attention) as f64
 }
