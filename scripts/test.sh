@@ -3,7 +3,11 @@
 #
 # usage: scripts/test.sh [--full]
 #
-#   --full   for the longer runs of tests that choose at random (more seeds, more kills): sets HVD_TEST_FULL=1 for them
+#   --full   for the longer runs of tests that choose at random (more seeds, more kills): sets HVD_TEST_FULL=1 for them; and for
+#            those beside PyTorch and transformers, which are installed from PyPI into .cache/peers/gloo (5 GB)
+#
+# Environment:
+#   HVD_TEST_PYTHON   a Python that has torch 2.11.0, numpy, safetensors and transformers; nothing is installed then
 #
 # What needs MPICH is skipped with a message where MPICH cannot be installed. Exit codes: 0 all passed, 1 a test failed, else those
 # of scripts/setup.sh.
@@ -29,6 +33,7 @@ main() {
     scripts/setup.sh --no-text --with-mpich
     find_cargo
     mpirun_environment
+    [ -z "${HVD_TEST_FULL:-}" ] || setup_pytorch
     build
     cargo_tests
     mpich_transport
@@ -39,6 +44,25 @@ main() {
     done_ "all in $(duration $(($(now_us) - start)))"
     echo "$PASSED passed, $FAILED failed"
     exit $((FAILED > 0))
+}
+
+# What some tests compare with; scripts/bench_peers.sh measures beside the same torch.
+setup_pytorch() {
+    local venv=$CACHE/peers/gloo
+    if [ -n "${HVD_TEST_PYTHON:-}" ]; then
+        have "PyTorch of $HVD_TEST_PYTHON (from the variable HVD_TEST_PYTHON)"
+        return
+    fi
+    export HVD_TEST_PYTHON=$venv/bin/python
+    if "$HVD_TEST_PYTHON" -c 'import torch, transformers' 2>/dev/null; then
+        have "PyTorch and transformers in ${venv#"$ROOT/"}"
+        return
+    fi
+    step "Installing PyTorch and transformers into ${venv#"$ROOT/"}"
+    find_python && "$PYTHON" -m venv "$venv" && "$venv/bin/pip" install -q torch==2.11.0 numpy transformers==5.23.0 ||
+        die $EXIT_DOWNLOAD "pip could not install torch 2.11.0 and transformers 5.23.0" \
+            "its message is above (Debian's python3-venv may be missing); or set HVD_TEST_PYTHON to a Python that has both"
+    done_ "installed"
 }
 
 # The development profile: it builds in half the time of the release profile, and what is hot in the tests (the kernels, the

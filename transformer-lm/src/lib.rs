@@ -10,6 +10,7 @@
 //! | [`memory`] | the allocator in a training loop |
 //! | [`metrics`] | the run folder: `metrics.csv`, TensorBoard files, the progress line |
 //! | [`report`] | the curves of runs as a page and a picture |
+//! | [`interchange`] | models to and from `transformers` |
 //! | [`generate`] | text from a checkpoint, once or as a conversation |
 //! | [`cli`] | the command lines of `train`, `generate` and `lm`; the binaries only call it |
 #![deny(missing_docs)]
@@ -20,6 +21,7 @@ pub mod config;
 pub mod data;
 pub mod error;
 pub mod generate;
+pub mod interchange;
 pub mod memory;
 pub mod metrics;
 pub mod model;

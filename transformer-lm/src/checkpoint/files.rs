@@ -47,7 +47,7 @@ fn sync(path: &Path) -> Result<()> {
 }
 
 /// Gives the finished folder `temporary` its name; one that has the name goes.
-pub(super) fn publish(temporary: &Path, target: &Path) -> Result<()> {
+pub(crate) fn publish(temporary: &Path, target: &Path) -> Result<()> {
     let parent = target.parent().unwrap_or(Path::new("."));
     if !target.exists() {
         std::fs::rename(temporary, target).map_err(Error::io("rename", temporary))?;

@@ -31,6 +31,7 @@ use crate::config::Config;
 use crate::model::TransformerLM;
 use crate::{Error, Result};
 
+pub(crate) use files::publish;
 pub use files::{clean_leftovers, write_atomically};
 pub use find::{Found, find_newest, prune, resolve, set_aside_later};
 pub use saver::{Saver, Snapshot};

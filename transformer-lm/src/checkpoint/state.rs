@@ -17,7 +17,7 @@ const NAME: &str = "state.json";
 const REQUIRED: &[&str] = &["model.safetensors", "optimizer.safetensors", "config.yaml"];
 
 /// Where training stands after an update.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointState {
     /// [`FORMAT_VERSION`].
     pub format_version: u32,

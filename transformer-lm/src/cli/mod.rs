@@ -10,12 +10,14 @@ use crate::{Error, Result};
 
 pub mod evaluate;
 pub mod generate;
+pub mod interchange;
 pub mod prepare;
 pub mod report;
 pub mod train;
 
 pub use evaluate::EvaluateArgs;
 pub use generate::GenerateArgs;
+pub use interchange::{ExportArgs, ImportArgs};
 pub use prepare::PrepareArgs;
 pub use report::ReportArgs;
 pub use train::TrainArgs;
@@ -35,6 +37,8 @@ enum Command {
     Generate(GenerateArgs),
     Evaluate(EvaluateArgs),
     Report(ReportArgs),
+    Export(ExportArgs),
+    Import(ImportArgs),
 }
 
 /// Runs `lm` with its subcommands.
@@ -45,6 +49,8 @@ pub fn run(lm: Lm) -> Result<()> {
         Command::Generate(args) => generate::run(args),
         Command::Evaluate(args) => evaluate::run(args),
         Command::Report(args) => report::run(args),
+        Command::Export(args) => interchange::export(args),
+        Command::Import(args) => interchange::import(args),
     }
 }
 

@@ -56,7 +56,7 @@ impl BytePairs {
     }
 
     /// Reads what [`BytePairs::description`] gave.
-    pub(super) fn from_description(description: &Value) -> Result<Self, String> {
+    pub(crate) fn from_description(description: &Value) -> Result<Self, String> {
         let encoding = tokenizers::Tokenizer::from_str(&description.to_string()).map_err(|error| error.to_string())?;
         Self::new(encoding)
     }
@@ -106,7 +106,7 @@ impl BytePairs {
 }
 
 /// The character that stands for a byte in the vocabulary: itself if it can be printed, else one from U+0100 on.
-fn symbol(byte: u8) -> char {
+pub(crate) fn symbol(byte: u8) -> char {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     match printable(byte) {
         true => char::from(byte),

@@ -17,8 +17,10 @@ mod tokenizer;
 mod verify;
 
 pub use bpe::BytePairs;
+pub(crate) use bpe::symbol;
 pub use dataset::{PreparedData, TRAIN, TokenDataset, VAL, load_preprocessed_data};
 pub use loader::{BatchStream, LoaderConfig, TrainLoader, ValBatches, ValLoader, get_dataloaders, loaders_of};
 pub use prepare::{PrepareOptions, PrepareSummary, TokenizerKind, prepare};
+pub(crate) use tokenizer::GPT2_VOCABULARY;
 pub use tokenizer::{Alphabet, StreamDecoder, TOKENIZER_FILE, Tokenizer};
 pub use verify::{Verified, verify};

@@ -16,7 +16,7 @@ use crate::{Error, Result};
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// GPT-2's vocabulary with its end token.
-const GPT2_VOCABULARY: usize = 50257;
+pub(crate) const GPT2_VOCABULARY: usize = 50257;
 
 /// GPT-2's `<|endoftext|>`.
 const GPT2_END: u32 = 50256;
@@ -126,7 +126,7 @@ impl Tokenizer {
     }
 
     /// The bytes of one token.
-    pub(super) fn bytes_of(&self, token: u32) -> Cow<'_, [u8]> {
+    pub(crate) fn bytes_of(&self, token: u32) -> Cow<'_, [u8]> {
         let unknown = Cow::Borrowed("\u{FFFD}".as_bytes());
         match self {
             Tokenizer::Byte => u8::try_from(token).map_or(unknown, |byte| vec![byte].into()),

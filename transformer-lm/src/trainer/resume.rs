@@ -106,6 +106,13 @@ fn newest_in(folder: &Path, notes: &mut Vec<String>) -> Result<PathBuf> {
 /// # Errors
 /// [`Error::Config`] that names what differs.
 pub fn check(saved: &CheckpointState, fresh: &CheckpointState) -> Result<()> {
+    if saved.global_batch_size == 0 {
+        return Err(Error::Config(
+            "cannot resume: the checkpoint was imported, so it holds weights and no place in a training\n\
+             hint: start a new run from it with --set training.init_from=CHECKPOINT"
+                .into(),
+        ));
+    }
     let pairs = [
         ("seed", saved.seed, fresh.seed),
         ("sequences per update", saved.global_batch_size as u64, fresh.global_batch_size as u64),
