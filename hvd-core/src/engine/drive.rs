@@ -18,6 +18,9 @@ use crate::transport::Waiter;
 
 /// How often a thread that has what it waited for tries to leave the engine in peace.
 const STEPS_TO_LEAVE: usize = 4;
+/// How much sooner than a waiting thread the background thread goes to sleep: the processor that it spins on may be the one
+/// that the user's threads compute on.
+const BACKGROUND_HASTE: u32 = 4;
 
 /// The engine of one rank. Dropping it before [`Engine::shutdown`] fails the world.
 pub struct Engine {
@@ -292,7 +295,7 @@ impl Shared {
             let mut core = self.lock_core();
             self.background_drives.store(true, Ordering::SeqCst);
             core.awake(true);
-            self.drive(&mut core, || self.drivers.any());
+            self.drive(&mut core, self.spin / BACKGROUND_HASTE, || self.drivers.any());
             self.background_drives.store(false, Ordering::SeqCst);
             let pause = core.inspect().unwrap_or_else(|error| {
                 self.fail(&mut core, error);
@@ -324,7 +327,7 @@ impl Shared {
         match self.lock_to_drive() {
             Some(mut core) => {
                 core.awake(false);
-                self.drive(&mut core, || outcome.is_done());
+                self.drive(&mut core, self.spin, || outcome.is_done());
                 if !self.leave(&mut core) {
                     self.waiter.wake();
                 }
@@ -350,9 +353,9 @@ impl Shared {
         false
     }
 
-    /// Steps until `done`, until the engine is over, or until nothing has moved for the time of a spin. Long messages on a slow
+    /// Steps until `done`, until the engine is over, or until nothing has moved for the time `spin`. Long messages on a slow
     /// link are not worth a spin.
-    fn drive(&self, core: &mut Core, done: impl Fn() -> bool) {
+    fn drive(&self, core: &mut Core, spin: Duration, done: impl Fn() -> bool) {
         let mut still_since = None;
         while !done() && !core.is_over() {
             if self.step(core) {
@@ -360,7 +363,7 @@ impl Shared {
                 continue;
             }
             let since = *still_since.get_or_insert_with(Instant::now);
-            if since.elapsed() >= self.spin || core.is_streaming() {
+            if since.elapsed() >= spin || core.is_streaming() {
                 return;
             }
             std::hint::spin_loop();

@@ -24,8 +24,11 @@ pub(super) const PAGE: usize = 4096;
 const PAGES_PER_BOARD: usize = 2;
 /// Slots begin at a multiple of this, for the vector units.
 const ALIGN: usize = 64;
-/// Added between slots, so that equal offsets of two slots do not compete for the same cache sets and store buffers.
-const SKEW: usize = 1088;
+/// Added between slots, and before the first: equal offsets of eight slots in a row, and of user memory, which tends to begin
+/// near a page's beginning, then differ within a page by a multiple of this. Loads whose address agrees in its last 12 bits with
+/// a store under way wait for it: 63 us instead of 24 for 256 KiB on a Zen 3.
+const SKEW: usize = 512;
+const FIRST: usize = SKEW * 5 / 8;
 /// Bounds on what a peer may propose.
 const MAX_SLOT_BYTES: usize = 64 << 20;
 const MAX_RANKS: usize = 4096;
@@ -121,7 +124,7 @@ impl Layout {
 
     /// Where the arenas begin, and all that is there from the start ends.
     fn arenas(&self) -> usize {
-        (self.pages() + self.stride() * self.ranks * PIECES).next_multiple_of(LARGE_PAGE)
+        (self.pages() + FIRST + self.stride() * self.ranks * PIECES).next_multiple_of(LARGE_PAGE)
     }
 
     /// Bytes of all that comes before the slots.
@@ -142,7 +145,7 @@ impl Layout {
     fn slot(&self, rank: usize, piece: u64) -> usize {
         assert!(rank < self.ranks, "rank {rank} of {}", self.ranks);
         let index = (piece % PIECES as u64) as usize * self.ranks + rank;
-        self.pages() + index * self.stride()
+        self.pages() + FIRST + index * self.stride()
     }
 }
 

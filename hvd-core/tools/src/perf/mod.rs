@@ -1,7 +1,8 @@
 //! Time and bandwidth of named operations, as the engine carries them out.
 //!
-//! Measured as other libraries are in `benches/peers`: before each iteration the buffer is filled anew and a barrier passed; an
-//! iteration's time is that of its slowest rank; the median over the iterations counts.
+//! Measured as other libraries are in `benches/peers`: before each iteration the buffer is filled anew and a barrier passed
+//! (twice, so that nobody is just waking up); an iteration's time is that of its slowest rank; the median over the
+//! iterations counts.
 
 mod args;
 mod buffer;
@@ -91,6 +92,8 @@ fn measure(world: &World, args: &Args, case: &mut dyn Case) -> Result<(Vec<f64>,
 
 fn once(world: &World, case: &mut dyn Case) -> Result<Duration> {
     case.refill();
+    // A rank that waited for long was asleep at the first barrier, and its waking is not part of the operation.
+    world.barrier()?;
     world.barrier()?;
     let start = Instant::now();
     case.run()?;
