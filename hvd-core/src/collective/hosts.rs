@@ -1,29 +1,19 @@
 //! Which ranks share a host's memory.
 //!
-//! Each rank says what it believes its host to be; ranks that believe the same try to share memory, and that this succeeds
-//! is the proof. What a launcher says of hosts is not asked: containers and namespaces may have divided them.
+//! Ranks that believe to be on one host try to share memory, and that this succeeds is the proof.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sha2::{Digest, Sha256};
-
-use super::Allgather;
+use super::places::{Places, exchange};
 use crate::error::Result;
-use crate::memory::Memory;
 use crate::shm::ShmGroup;
+use crate::transport::Transport;
 use crate::transport::subset::Subset;
-use crate::transport::{Tag, Transport};
-
-/// The channel of these messages, before an engine has begun: "host".
-const CHANNEL: u32 = 0x686f_7374;
 
 /// The operations are the world's own; their messages within a host and between hosts meet no others.
 pub(super) const WORLD: u32 = 0;
-
-/// Bytes of what a rank believes its host to be.
-const HINT_BYTES: usize = 16;
 
 /// Which ranks share a host, seen from one of them.
 ///
@@ -150,8 +140,8 @@ impl Sharing {
 ///
 /// # Errors
 /// A lost peer, or one that does not take part in time.
-pub fn share(transport: &mut dyn Transport, slot_bytes: usize, deadline: Instant) -> Result<Sharing> {
-    let hosts = by_host(&exchange(transport, 0, &hint())?);
+pub fn share(transport: &mut dyn Transport, places: &Places, slot_bytes: usize, deadline: Instant) -> Result<Sharing> {
+    let hosts = places.by_host();
     if hosts.len() == 1 {
         let group = ShmGroup::form(transport, slot_bytes, deadline)?;
         return Ok(group.map_or(Sharing::None, Sharing::All));
@@ -161,67 +151,4 @@ pub fn share(transport: &mut dyn Transport, slot_bytes: usize, deadline: Instant
     }
     let hosts = Hosts::form(transport, &hosts, slot_bytes, deadline)?;
     Ok(hosts.map_or(Sharing::None, |hosts| Sharing::Within(Arc::new(hosts))))
-}
-
-/// Everybody's `own`, of the same length on all ranks, by rank.
-fn exchange(transport: &mut dyn Transport, sequence: u32, own: &[u8]) -> Result<Vec<Vec<u8>>> {
-    let (rank, size) = (transport.rank(), transport.size());
-    let mut all = vec![0; size * own.len()];
-    all[rank * own.len()..][..own.len()].copy_from_slice(own);
-    let all = Memory::from_vec(all);
-    let ranges = (0..size).map(|rank| rank * own.len()..(rank + 1) * own.len()).collect();
-    let tag = Tag { channel: CHANNEL, sequence };
-    super::run(&mut Allgather::new(rank, size, all.clone(), ranges, tag, own.len()), transport)?;
-    // SAFETY: the operation is done.
-    let all: Vec<u8> = unsafe { all.into_vec() };
-    Ok(all.chunks(own.len()).map(<[u8]>::to_vec).collect())
-}
-
-/// The ranks of each host, ascending, the hosts in the order of their first ranks.
-fn by_host(hints: &[Vec<u8>]) -> Vec<Vec<usize>> {
-    let mut hosts: Vec<Vec<usize>> = Vec::new();
-    for (rank, hint) in hints.iter().enumerate() {
-        match hosts.iter_mut().find(|local| hints[local[0]] == *hint) {
-            Some(local) => local.push(rank),
-            None => hosts.push(vec![rank]),
-        }
-    }
-    hosts
-}
-
-/// What this rank believes its host to be: a running kernel, and in it a network namespace, as abstract sockets are not seen
-/// beyond it. A rank that cannot say is on a host of its own.
-fn hint() -> [u8; HINT_BYTES] {
-    let boot = std::fs::read("/proc/sys/kernel/random/boot_id");
-    let namespace = std::fs::read_link("/proc/self/ns/net");
-    match (boot, namespace) {
-        (Ok(boot), Ok(namespace)) => {
-            let digest = Sha256::new().chain_update(boot).chain_update(namespace.as_os_str().as_encoded_bytes());
-            let mut hint = [0; HINT_BYTES];
-            hint.copy_from_slice(&digest.finalize()[..HINT_BYTES]);
-            hint
-        }
-        _ => {
-            let mut hint = [0; HINT_BYTES];
-            // Should the system have no random bytes, ranks try in vain to share memory, and do not.
-            let _ = getrandom::fill(&mut hint);
-            hint
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranks_with_the_same_hint_are_on_one_host() {
-        let hints: Vec<_> = ["a", "b", "a", "c", "b"].map(|hint| hint.as_bytes().to_vec()).into();
-        assert_eq!(by_host(&hints), [vec![0, 2], vec![1, 4], vec![3]]);
-    }
-
-    #[test]
-    fn a_rank_believes_the_same_each_time() {
-        assert_eq!(hint(), hint());
-    }
 }

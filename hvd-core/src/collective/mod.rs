@@ -31,6 +31,7 @@ mod hierarchical;
 mod hosts;
 mod pair;
 mod pipe;
+mod places;
 mod reducescatter;
 mod relay;
 mod ring;
@@ -49,6 +50,7 @@ pub use doubling::DoublingAllreduce;
 pub use hierarchical::HierarchicalAllreduce;
 pub use hosts::{Hosts, Sharing, share};
 pub use pair::{Allocate, Landing, ReceiveFrom, SendTo};
+pub use places::Places;
 pub use reducescatter::Reducescatter;
 pub use ring::{Allgather, RingAllreduce, RingReduceScatter, even_chunks};
 

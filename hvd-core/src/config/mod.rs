@@ -124,8 +124,9 @@ pub struct Config {
     pub shared_memory: bool,
     /// Size of one piece staged in shared memory. `HVD_SHM_SLOT_BYTES`; default 128 KiB.
     pub shm_slot_bytes: usize,
-    /// How long a waiting thread spins before it sleeps; the engine's own thread spins a quarter of that. `HVD_SPIN_US`,
-    /// microseconds; default 200, several times what it costs to be woken.
+    /// How long a waiting thread spins before it sleeps; the engine's own thread spins a quarter of that. Where a host has more
+    /// ranks than processors both let others run between two looks, for 10 times as long. `HVD_SPIN_US`, microseconds; default
+    /// 200, several times what it costs to be woken.
     pub spin: Duration,
     /// The processor that the engine's thread of each local rank is bound to; empty for none.
     /// `HVD_THREAD_AFFINITY`, such as `0,2,4`.

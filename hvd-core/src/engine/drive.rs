@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::founding::Members;
 use super::submission::{Completion, Outcome, Promise, Submission};
-use super::{Core, Demand, Entry, Item, Stream};
+use super::{Core, Demand, Entry, Item, Patience, Stream};
 use crate::error::{Error, Result};
 use crate::transport::Waiter;
 
@@ -35,7 +35,7 @@ struct Shared {
     inbox: Mutex<Inbox>,
     waiter: Arc<dyn Waiter>,
     drivers: Drivers,
-    spin: Duration,
+    patience: Patience,
     /// Whether it is the background thread that holds the core's lock: it gives way to a thread that waits.
     background_drives: AtomicBool,
     /// Set once the core has ended, whether in peace or not.
@@ -150,13 +150,13 @@ impl GroupHandle {
 
 impl Engine {
     /// Starts the background thread.
-    pub(crate) fn start(core: Core, waiter: Arc<dyn Waiter>, spin: Duration) -> Result<Self> {
+    pub(crate) fn start(core: Core, waiter: Arc<dyn Waiter>, patience: Patience) -> Result<Self> {
         let shared = Arc::new(Shared {
             core: Mutex::new(core),
             inbox: Mutex::default(),
             waiter,
             drivers: Drivers::default(),
-            spin,
+            patience,
             background_drives: AtomicBool::new(false),
             over: AtomicBool::new(false),
         });
@@ -295,7 +295,7 @@ impl Shared {
             let mut core = self.lock_core();
             self.background_drives.store(true, Ordering::SeqCst);
             core.awake(true);
-            self.drive(&mut core, self.spin / BACKGROUND_HASTE, || self.drivers.any());
+            self.drive(&mut core, self.patience.shortened(BACKGROUND_HASTE), || self.drivers.any());
             self.background_drives.store(false, Ordering::SeqCst);
             let pause = core.inspect().unwrap_or_else(|error| {
                 self.fail(&mut core, error);
@@ -327,7 +327,7 @@ impl Shared {
         match self.lock_to_drive() {
             Some(mut core) => {
                 core.awake(false);
-                self.drive(&mut core, self.spin, || outcome.is_done());
+                self.drive(&mut core, self.patience, || outcome.is_done());
                 if !self.leave(&mut core) {
                     self.waiter.wake();
                 }
@@ -353,9 +353,9 @@ impl Shared {
         false
     }
 
-    /// Steps until `done`, until the engine is over, or until nothing has moved for the time `spin`. Long messages on a slow
-    /// link are not worth a spin.
-    fn drive(&self, core: &mut Core, spin: Duration, done: impl Fn() -> bool) {
+    /// Steps until `done`, until the engine is over, or until nothing has moved for as long as `patience` lasts. Long messages on
+    /// a slow link are not worth a look.
+    fn drive(&self, core: &mut Core, patience: Patience, done: impl Fn() -> bool) {
         let mut still_since = None;
         while !done() && !core.is_over() {
             if self.step(core) {
@@ -363,10 +363,10 @@ impl Shared {
                 continue;
             }
             let since = *still_since.get_or_insert_with(Instant::now);
-            if since.elapsed() >= spin || core.is_streaming() {
+            if patience.is_over(since) || core.is_streaming() {
                 return;
             }
-            std::hint::spin_loop();
+            patience.pause();
         }
     }
 

@@ -17,6 +17,7 @@ mod message;
 mod messages;
 mod negotiation;
 pub mod observe;
+mod patience;
 mod set;
 pub mod simulation;
 mod staging;
@@ -46,6 +47,7 @@ use crate::transport::subset::{MOST_SETS, Subset};
 pub use drive::{Engine, GroupHandle, Handle};
 pub(crate) use messages::Stream;
 pub(crate) use observe::Observers;
+pub(crate) use patience::Patience;
 
 /// How often the transport is looked at while nothing moves through it.
 const STEPS_PER_LOOK: u32 = 64;

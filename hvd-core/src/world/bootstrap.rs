@@ -7,10 +7,10 @@ use rustix::process::Signal;
 
 use super::agreement::agree;
 use super::{Backend, Inner, ProcessSet, World, affinity};
-use crate::collective::{self, Sharing};
+use crate::collective::{self, Places, Sharing};
 use crate::config::{Config, TransportChoice, environment, remarks};
 use crate::engine::timeline::path_on_host;
-use crate::engine::{Core, Engine, Observers, WORLD};
+use crate::engine::{Core, Engine, Observers, Patience, WORLD};
 use crate::error::{Error, Result};
 use crate::shm::ShmGroup;
 use crate::topology::{Launch, Launcher, Topology};
@@ -41,16 +41,25 @@ pub(super) fn world(config: Config) -> Result<World> {
     let mut transport = next_transport(&config, &launch)?;
     let deadline = Instant::now() + config.start_timeout;
     agree(&mut *transport, &config, deadline)?;
-    let sharing = sharing(&mut *transport, &config, deadline)?;
-    observed(start(transport, sharing, topology, &config)?, &config)
+    let places = Places::gather(&mut *transport)?;
+    let sharing = sharing(&mut *transport, &places, &config, deadline)?;
+    observed(start(transport, sharing, topology, patience(&places, &config), &config)?, &config)
+}
+
+/// How long the engine's threads wait before they sleep, and how.
+fn patience(places: &Places, config: &Config) -> Patience {
+    match places.are_crowded() {
+        true => Patience::crowded(config.spin),
+        false => Patience::alone(config.spin),
+    }
 }
 
 /// Has ranks of one host share memory, if the settings, which are the same on all ranks, allow it.
-fn sharing(transport: &mut dyn Transport, config: &Config, deadline: Instant) -> Result<Sharing> {
+fn sharing(transport: &mut dyn Transport, places: &Places, config: &Config, deadline: Instant) -> Result<Sharing> {
     if !config.shared_memory {
         return Ok(Sharing::None);
     }
-    Ok(match collective::share(transport, config.shm_slot_bytes, deadline)? {
+    Ok(match collective::share(transport, places, config.shm_slot_bytes, deadline)? {
         Sharing::Within(_) if !config.hierarchical_allreduce => Sharing::None,
         found => found,
     })
@@ -87,14 +96,21 @@ pub(super) fn thread_rank(mut transport: ThreadTransport, config: &Config, share
     if size == 1 {
         return observed(wrap(topology, Backend::Solo, Backend::Solo, Arc::default(), None, None), config);
     }
+    let places = Places::gather(&mut transport)?;
     let sharing = match share {
-        true => sharing(&mut transport, config, Instant::now() + config.start_timeout)?,
+        true => sharing(&mut transport, &places, config, Instant::now() + config.start_timeout)?,
         false => Sharing::None,
     };
-    observed(start(Box::new(transport), sharing, topology, config)?, config)
+    observed(start(Box::new(transport), sharing, topology, patience(&places, config), config)?, config)
 }
 
-fn start(transport: Box<dyn Transport>, sharing: Sharing, topology: Topology, config: &Config) -> Result<World> {
+fn start(
+    transport: Box<dyn Transport>,
+    sharing: Sharing,
+    topology: Topology,
+    patience: Patience,
+    config: &Config,
+) -> Result<World> {
     let over = match transport.name() {
         "mpi" => Backend::Mpi,
         "thread" => Backend::Thread,
@@ -110,7 +126,7 @@ fn start(transport: Box<dyn Transport>, sharing: Sharing, topology: Topology, co
     let shared = sharing.all().cloned();
     let core = Core::new(transport, sharing, may_share, config, observers.clone())?;
     let processor = affinity::processor(config, topology.local_rank)?;
-    let engine = affinity::inherited(processor, || Engine::start(core, waiter, config.spin))?;
+    let engine = affinity::inherited(processor, || Engine::start(core, waiter, patience))?;
     tracing::debug!(rank = topology.rank, size = topology.size, %backend, "joined the world");
     Ok(wrap(topology, backend, over, observers, Some(engine), shared))
 }
