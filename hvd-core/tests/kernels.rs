@@ -177,6 +177,19 @@ fn the_average_of_equals_is_that_value() {
 }
 
 #[test]
+fn combine_both_gives_the_bits_of_combine_twice() {
+    for (op, dtype) in supported() {
+        for (length, scale) in LENGTHS.map(|length| (length, 1.0)).chain([(2500, 0.5), (2500, 1.0 / 3.0)]) {
+            let [mut first, mut second] = [0, 1].map(|rank| random_elements(rank, op, dtype, length));
+            let mut combined = vec![0; first.len()];
+            reduce::combine(op, dtype, &mut combined, &[&first, &second], scale);
+            reduce::combine_both(op, dtype, &mut first, &mut second, scale);
+            assert!(first == combined && second == combined, "{op:?} of {length} {dtype}, scale {scale}");
+        }
+    }
+}
+
+#[test]
 fn finish_does_what_combine_does_at_the_end() {
     for (op, dtype) in supported().into_iter().filter(|(_, dtype)| dtype.size() >= 4) {
         for (ranks, scale) in [(1, 1.0), (2, 0.5), (3, 1.0), (5, 0.1), (8, 1.0 / 3.0)] {

@@ -20,7 +20,7 @@ use crate::wire::convert;
 const BLOCK_BYTES: usize = 8 << 10;
 
 /// What is combined: a slice of each rank. A block takes less than a microsecond, so this allocates for many ranks only.
-type Inputs<'a> = SmallVec<[&'a [u8]; 16]>;
+pub(super) type Inputs<'a> = SmallVec<[&'a [u8]; 16]>;
 
 /// One tensor of a (fused) allreduce.
 pub struct Part {

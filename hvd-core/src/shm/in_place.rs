@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use super::cut::Cut;
+use super::allreduce::Inputs;
+use super::cut::{Cut, Run};
 use super::group::ShmGroup;
 use super::stream::{Plan, Stream, Writers};
 use crate::collective::{Collective, Reduction};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
-use crate::reduce::combine;
+use crate::reduce::{combine, combine_both};
 use crate::transport::Transport;
 
 /// Bytes that are combined at once: they stay in the first-level cache until all ranks have them.
@@ -60,6 +61,34 @@ impl Collective for ShmInPlaceAllreduce {
     }
 }
 
+impl InPlace {
+    /// Where a run lies in a rank's buffer.
+    fn at(&self, group: &ShmGroup, run: &Run, rank: usize) -> *mut u8 {
+        let start = self.parts[run.part][rank];
+        group.segment().region(rank, &(start + run.user.start..start + run.user.end))
+    }
+
+    fn reduce_both(&self, group: &ShmGroup, run: &Run) {
+        // SAFETY: all ranks have begun this operation, so that their buffers, which lie in different arenas, are at its disposal;
+        // in this share only this rank reads and writes until it announces that it has reduced it.
+        let [first, second] =
+            [0, 1].map(|rank| unsafe { std::slice::from_raw_parts_mut(self.at(group, run, rank), run.user.len()) });
+        combine_both(self.reduction.op, self.reduction.dtype, first, second, self.reduction.scale);
+    }
+
+    fn reduce_all(&self, group: &ShmGroup, run: &Run, scratch: &mut [u8]) {
+        let result = &mut scratch[..run.user.len()];
+        // SAFETY: as in `reduce_both`; here they are read.
+        let input = |rank: usize| unsafe { std::slice::from_raw_parts(self.at(group, run, rank), run.user.len()) };
+        let inputs: Inputs = (0..group.size()).map(input).collect();
+        combine(self.reduction.op, self.reduction.dtype, result, &inputs, self.reduction.scale);
+        for rank in 0..group.size() {
+            // SAFETY: as in `reduce_both`; the slices that were read are gone.
+            unsafe { std::slice::from_raw_parts_mut(self.at(group, run, rank), result.len()) }.copy_from_slice(result);
+        }
+    }
+}
+
 impl Plan for InPlace {
     fn writers(&self) -> Writers {
         Writers::All
@@ -72,24 +101,15 @@ impl Plan for InPlace {
     fn stage(&mut self, _group: &ShmGroup, _piece: u64, _index: u64) {}
 
     fn reduce(&mut self, group: &ShmGroup, _piece: u64, index: u64) {
-        let InPlace { parts, cut, reduction, scratch } = self;
-        scratch.resize(BLOCK_BYTES, 0);
-        let mut inputs = Vec::with_capacity(group.size());
-        for run in cut.runs(index, cut.share(index, group.rank()), BLOCK_BYTES) {
-            let at = |rank: usize| {
-                let start = parts[run.part][rank];
-                group.segment().region(rank, &(start + run.user.start..start + run.user.end))
-            };
-            let result = &mut scratch[..run.user.len()];
-            inputs.clear();
-            // SAFETY: all ranks have begun this operation, so that their buffers are at its disposal, and in this share only
-            // this rank reads and writes until it announces that it has reduced it.
-            inputs.extend((0..group.size()).map(|rank| unsafe { std::slice::from_raw_parts(at(rank), result.len()) }));
-            combine(reduction.op, reduction.dtype, result, &inputs, reduction.scale);
-            inputs.clear();
-            for rank in 0..group.size() {
-                // SAFETY: as above; the slices that were read are gone.
-                unsafe { std::slice::from_raw_parts_mut(at(rank), result.len()) }.copy_from_slice(result);
+        let share = self.cut.share(index, group.rank());
+        match group.size() {
+            // One pass over both buffers; no need to stay in a cache on the way.
+            2 => self.cut.runs(index, share, usize::MAX).for_each(|run| self.reduce_both(group, &run)),
+            _ => {
+                let mut scratch = std::mem::take(&mut self.scratch);
+                scratch.resize(BLOCK_BYTES, 0);
+                self.cut.runs(index, share, BLOCK_BYTES).for_each(|run| self.reduce_all(group, &run, &mut scratch));
+                self.scratch = scratch;
             }
         }
     }

@@ -76,6 +76,24 @@ impl<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>> Kernel for Gather<'_, L, 
     }
 }
 
+/// `first = second = finish(first ∘ second)`.
+pub(super) struct Meet<'a, L: Lane, O, F> {
+    pub first: &'a mut [L::Bytes],
+    pub second: &'a mut [L::Bytes],
+    pub finish: F,
+    pub op: PhantomData<O>,
+}
+
+impl<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>> Kernel for Meet<'_, L, O, F> {
+    #[inline(always)]
+    fn run(self) {
+        for (first, second) in self.first.iter_mut().zip(self.second) {
+            *first = L::store(self.finish.apply(O::apply(L::load(*first), L::load(*second))));
+            *second = *first;
+        }
+    }
+}
+
 #[inline(always)]
 fn one<L: Lane, F: Finish<L::Wide>>(out: &mut [L::Bytes], only: &[L::Bytes], finish: F) {
     for (out, only) in out.iter_mut().zip(only) {

@@ -17,7 +17,7 @@ use crate::dtype::DType;
 use crate::wire::lane::{Factor, Lane, Number, with_lane};
 use crate::wire::simd::dispatch;
 pub use adasum::{Products, blend};
-use kernels::{Accumulate, Combine, Gather, Greatest, Least, Plus, Times};
+use kernels::{Accumulate, Combine, Gather, Greatest, Least, Meet, Plus, Times};
 pub use neutral::fill_neutral;
 
 /// How the ranks' elements are combined.
@@ -135,6 +135,24 @@ fn combine_lane<L: Lane, O: Combine<L::Wide>>(out: &mut [u8], inputs: &[&[u8]], 
     match L::Wide::cheap(factor) {
         Some(finish) => dispatch(Gather::<L, O, _> { out, inputs, finish, op }),
         None => dispatch(Gather::<L, O, _> { out, inputs, finish: L::Wide::thorough(factor), op }),
+    }
+}
+
+/// As [`combine`] of two inputs, with the result in place of both.
+///
+/// # Panics
+/// As [`combine`].
+pub fn combine_both(op: ReduceOp, dtype: DType, first: &mut [u8], second: &mut [u8], scale: f64) {
+    check(op, dtype, first, second);
+    let factor = Reduction { dtype, op, scale }.factor(2);
+    with_lane!(dtype, L => with_op!(op, O => meet_lane::<L, O>(first, second, factor)))
+}
+
+fn meet_lane<L: Lane, O: Combine<L::Wide>>(first: &mut [u8], second: &mut [u8], factor: Factor) {
+    let (first, second, op) = (bytemuck::cast_slice_mut(first), bytemuck::cast_slice_mut(second), PhantomData);
+    match L::Wide::cheap(factor) {
+        Some(finish) => dispatch(Meet::<L, O, _> { first, second, finish, op }),
+        None => dispatch(Meet::<L, O, _> { first, second, finish: L::Wide::thorough(factor), op }),
     }
 }
 
