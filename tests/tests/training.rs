@@ -209,6 +209,81 @@ fn a_sharded_optimizer_gives_the_same_bits_also_after_a_kill() {
     }
 }
 
+/// What `lm evaluate --json` says, on some ranks.
+fn evaluate(lab: &Lab, checkpoint: &Path, ranks: usize, launcher: Launcher) -> serde_json::Value {
+    let args = ["evaluate".into(), "--json".into(), "--checkpoint".into(), checkpoint.as_os_str().to_owned()];
+    let args = args.into_iter().chain(["--data".into(), lab.path("data").into_os_string()]);
+    let finished = Job::new(binary("lm"), ranks).args(args).launcher(launcher).run();
+    finished.assert_success();
+    let line = finished.stdout.lines().find_map(|line| Some(&line[line.find('{')?..]));
+    serde_json::from_str(line.expect("an object")).expect("valid JSON")
+}
+
+fn loss(figures: &serde_json::Value) -> f64 {
+    figures["loss"].as_f64().expect("a loss")
+}
+
+#[test]
+fn evaluation_gives_the_same_figures_on_any_number_of_ranks() {
+    let lab = Lab::new();
+    lab.train(2, "run", &[]).run().assert_success();
+    let checkpoint = lab.run_folder("run").join("final_model");
+    let alone = evaluate(&lab, &checkpoint, 1, Launcher::Spawn);
+    let validated = lab.metrics("run").into_iter().rfind(|row| row.phase == "val").expect("a validation");
+    let jobs = [1, 2, 3, 5].map(|ranks| (ranks, Launcher::Spawn)).into_iter();
+    for (ranks, launcher) in jobs.chain(Launcher::available().into_iter().map(|launcher| (2, launcher))) {
+        let figures = evaluate(&lab, &checkpoint, ranks, launcher);
+        for key in ["tokens", "bytes", "accuracy"] {
+            assert_eq!(figures[key], alone[key], "{key}, {ranks} ranks, {launcher:?}");
+        }
+        assert!((loss(&figures) - loss(&alone)).abs() < 1e-6, "{ranks} ranks, {launcher:?}: {figures} {alone}");
+    }
+    assert!((loss(&alone) - validated.loss.parse::<f64>().expect("a loss")).abs() < 1e-6, "{validated:?} {alone}");
+}
+
+#[test]
+fn a_checkpoint_of_each_kind_can_be_evaluated_and_speaks() {
+    let lab = Lab::new();
+    // Two epochs, so that there is a checkpoint of each kind; the last one is also the best.
+    lab.train(1, "run", &["training.max_steps=null", "training.epochs=2", "training.eval_interval=0"])
+        .run()
+        .assert_success();
+    let run = lab.run_folder("run");
+    let (hf, imported, stripped) = (lab.path("hf"), lab.path("imported"), lab.path("stripped"));
+    for (command, from, input, output) in [("export", "--checkpoint", &run, &hf), ("import", "--input", &hf, &imported)]
+    {
+        let args = [command.as_ref(), from.as_ref(), input.as_os_str(), "--output".as_ref(), output.as_os_str()];
+        Job::new(binary("lm"), 1).args(args).run().assert_success();
+    }
+    std::fs::create_dir(&stripped).expect("a folder");
+    for name in ["config.yaml", "model.safetensors", "state.json", "tokenizer.json"] {
+        std::fs::copy(run.join("final_model").join(name), stripped.join(name)).expect("a copy");
+    }
+    let speak = |checkpoint: &Path| {
+        let args = ["--greedy".into(), "--prompt".into(), "king ".into(), "--checkpoint".into(), checkpoint.into()];
+        let finished = Job::new(binary("generate"), 1).args::<std::ffi::OsString>(args).run();
+        finished.assert_success();
+        finished.stdout
+    };
+    let reference = (evaluate(&lab, &run.join("final_model"), 1, Launcher::Spawn), speak(&run.join("final_model")));
+    assert!(reference.1.starts_with("king ") && reference.1.len() > 50, "{}", reference.1);
+    let same =
+        [lab.path("run"), run.clone(), run.join("best_model"), run.join("checkpoint_epoch2"), imported, stripped];
+    for checkpoint in &same {
+        let figures = evaluate(&lab, checkpoint, 1, Launcher::Spawn);
+        assert_eq!(speak(checkpoint), reference.1, "{}", checkpoint.display());
+        // What is imported knows nothing of the batches that it was trained in, which sums are rounded in.
+        assert!((loss(&figures) - loss(&reference.0)).abs() < 1e-6, "{}: {figures}", checkpoint.display());
+    }
+    let step = std::fs::read_dir(&run).expect("the run's folder").flatten().map(|entry| entry.path());
+    let step = step.filter(|path| path.to_string_lossy().contains("_step")).max().expect("a checkpoint of a step");
+    for earlier in [run.join("checkpoint_epoch1"), step] {
+        let figures = evaluate(&lab, &earlier, 1, Launcher::Spawn);
+        assert!(loss(&figures) > loss(&reference.0), "{}: {figures}", earlier.display());
+        assert!(speak(&earlier).starts_with("king "));
+    }
+}
+
 /// Half-written checkpoints must be gone once a run has ended.
 fn assert_no_leftovers(run: &Path) {
     let mut folders = vec![run.to_path_buf()];

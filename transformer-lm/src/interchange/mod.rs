@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use tch::Device;
 
 use crate::checkpoint::{CheckpointState, Contents, FORMAT_VERSION, publish, save_checkpoint};
-use crate::config::ModelSection;
+use crate::config::{AmpDtype, ModelSection, TrainingSection};
 use crate::data::{TOKENIZER_FILE, Tokenizer};
 use crate::generate::load_model_for_generation;
 use crate::model::ModelConfig;
@@ -62,7 +62,9 @@ pub fn import_hf(input: &Path, output: &Path) -> Result<Imported> {
         return Err(Error::data(input, "there is no such folder; expected one with config.json and model.safetensors"));
     }
     let (section, mut notes) = config::read(input)?;
-    let config = Config { model: section, ..Config::default() };
+    // `lm evaluate` computes as the checkpoint's configuration says: with these weights as they are.
+    let training = TrainingSection { amp_dtype: AmpDtype::Fp32, ..TrainingSection::default() };
+    let config = Config { model: section, training, ..Config::default() };
     let shape = config.model_config(0);
     let model = weights::read(input, &shape)?;
     let tokenizer = tokenizer::read(input, &shape, &mut notes)?;
