@@ -35,6 +35,16 @@ fn a_stall_ends_the_job_if_it_is_told_to() {
 }
 
 #[test]
+fn a_rank_that_submits_in_another_process_set_than_the_others_is_told_so() {
+    let job = Job::new(binary("hvd-worker"), 3).args(["astray"]);
+    let finished = job.var_on(1, "HVD_STALL_SHUTDOWN_TIME_SECONDS", 0.5).run();
+    finished.assert_failure();
+    let text = "rank 1 submitted `astray` in the world, and others wait for its `astray` in the process set [0, 1]";
+    let told = finished.complaints.iter().filter(|complaint| complaint.contains(text));
+    assert_eq!(told.count(), 3, "{}", finished.stderr);
+}
+
+#[test]
 fn no_stall_is_seen_where_the_inspector_is_off() {
     let folder = tempfile::tempdir().expect("a folder");
     let go = folder.path().join("go");

@@ -34,7 +34,7 @@ use self::entry::{Entry, Item};
 use self::founding::{Foundation, Members};
 use self::messages::Messages;
 use self::set::Set;
-use self::stall::{Complaint, StallInspector};
+use self::stall::{Complaint, Overdue, StallInspector};
 use self::submission::Completion;
 use self::tuner::Tuner;
 use crate::collective::Sharing;
@@ -345,7 +345,7 @@ impl Core {
         }
         let now = Instant::now();
         if let Some(age) = self.stall.look(now) {
-            let overdue = self.sets.values_mut().flat_map(|set| set.overdue(now, age)).collect();
+            let overdue = self.overdue(now, age);
             match self.stall.judge(now, overdue) {
                 Complaint::None => {}
                 Complaint::Warning(text) => tracing::warn!("{text}"),
@@ -354,6 +354,24 @@ impl Core {
         }
         let news = self.sets.values().any(Set::has_news);
         Ok(if news { Some(Duration::ZERO) } else { self.stall.pause(now) })
+    }
+
+    /// What of this rank's has waited for `age` in any process set.
+    fn overdue(&mut self, now: Instant, age: Duration) -> Vec<Overdue> {
+        let of_set = |set: &mut Set| {
+            let title = set.title();
+            set.overdue(now, age).into_iter().map(move |tensor| (title.clone(), tensor)).collect::<Vec<_>>()
+        };
+        let mut overdue: Vec<_> = self.sets.values_mut().flat_map(of_set).collect();
+        for (title, tensor) in &mut overdue {
+            if let Some(other) = self.sets.values().find(|set| set.lacks(&tensor.name)) {
+                let (own, name, other) = (self.transport.rank(), &tensor.name, other.title());
+                let text =
+                    format!("rank {own} submitted `{name}` in {title}, and others wait for its `{name}` in {other}");
+                (tensor.astray, tensor.speaks) = (Some(text), true);
+            }
+        }
+        overdue.into_iter().map(|(_, tensor)| tensor).collect()
     }
 
     /// Whether what is under way waits for a slow link.

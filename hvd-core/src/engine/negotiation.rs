@@ -204,6 +204,12 @@ impl Negotiation {
         self.news
     }
 
+    /// Whether others have this tensor, and this rank has not.
+    pub fn lacks(&self, name: &str) -> bool {
+        let others_have = |announcement: &Announcement| !announcement.ranks().contains(self.rank);
+        !self.waiting.contains_key(name) && self.table.get(name).is_some_and(others_have)
+    }
+
     /// What of this rank's has waited for `age`, and who lacks it. A tensor that is in the cache is announced in full first:
     /// that one is missing says nothing of which rank lacks it. It is told of once all have announced theirs.
     pub fn overdue(&mut self, now: Instant, age: Duration) -> Vec<Overdue> {
@@ -216,7 +222,7 @@ impl Negotiation {
                 let lacks = |rank: &usize| !ranks.contains(*rank) && !self.joined.contains(rank);
                 let missing = (0..self.size).filter(lacks).collect();
                 let speaks = ranks.iter().next() == Some(self.rank);
-                overdue.push(Overdue { name: name.clone(), waited, missing, speaks });
+                overdue.push(Overdue { name: name.clone(), waited, missing, speaks, astray: None });
             }
         }
         self.cached.retain(|_, name| {

@@ -295,6 +295,19 @@ impl Set {
         overdue
     }
 
+    /// Whether other ranks of the set have this tensor, and this rank has not.
+    pub(super) fn lacks(&self, name: &str) -> bool {
+        self.negotiation.lacks(name)
+    }
+
+    /// What a message calls it.
+    pub(super) fn title(&self) -> String {
+        match self.number {
+            0 => "the world".into(),
+            _ => format!("the process set {:?}", self.backend.members),
+        }
+    }
+
     /// Announces to the ranks that share memory with this one that it will sleep. `false` if it must not yet.
     pub(super) fn prepare_sleep(&mut self, transport: &mut dyn Transport) -> Result<bool> {
         if let Some(hosts) = &self.backend.hosts {

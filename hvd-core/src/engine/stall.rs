@@ -19,6 +19,8 @@ pub struct Overdue {
     pub missing: Vec<usize>,
     /// Whether this is the rank that complains of it, of all that wait.
     pub speaks: bool,
+    /// That ranks of another process set wait for this one to submit a tensor of this name there, in words.
+    pub astray: Option<String>,
 }
 
 /// When to look, and what to say. It looks only while something waits, and a few times in the time that is allowed.
@@ -105,10 +107,12 @@ fn complaint(overdue: &[&Overdue]) -> String {
         format!("{noun} {} did not submit {}{more}", ranks.join(", "), named.join(", "))
     };
     let groups: Vec<_> = by_missing.into_iter().map(group).collect();
+    let astray = overdue.iter().filter_map(|tensor| tensor.astray.clone());
+    let parts: Vec<_> = groups.into_iter().chain(astray).collect();
     format!(
         "stalled: {}. All ranks must submit the same tensors; see whether one of them took another way through the \
-         program, or is slow",
-        groups.join("; ")
+         program, chose another process set, or is slow",
+        parts.join("; ")
     )
 }
 
@@ -117,7 +121,8 @@ mod tests {
     use super::*;
 
     fn overdue(name: &str, waited: u64, missing: &[usize]) -> Overdue {
-        Overdue { name: name.into(), waited: Duration::from_secs(waited), missing: missing.into(), speaks: true }
+        let (waited, missing) = (Duration::from_secs(waited), missing.into());
+        Overdue { name: name.into(), waited, missing, speaks: true, astray: None }
     }
 
     fn inspector(warn_after: u64, fail_after: u64) -> StallInspector {
@@ -137,6 +142,13 @@ mod tests {
         assert!(matches!(inspector.judge(at(60), vec![overdue("a", 120, &[1, 3])]), Complaint::Warning(_)));
         let silent = Overdue { speaks: false, ..overdue("b", 70, &[1]) };
         assert_eq!(inspector.judge(at(61), vec![silent]), Complaint::None);
+    }
+
+    #[test]
+    fn a_rank_that_is_wanted_in_another_set_is_told_of_it() {
+        let tensor = Overdue { astray: Some("rank 2 went astray".into()), ..overdue("a", 60, &[1]) };
+        let Complaint::Warning(text) = inspector(60, 0).judge(Instant::now(), vec![tensor]) else { panic!() };
+        assert!(text.contains("rank 1 did not submit `a` (60 s); rank 2 went astray."), "{text}");
     }
 
     #[test]

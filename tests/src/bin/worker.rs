@@ -52,6 +52,8 @@ enum Command {
         #[arg(long)]
         until: Option<PathBuf>,
     },
+    /// Rank 0 submits in a process set of ranks 0 and 1 what the others submit in the world.
+    Astray,
     /// Does for ever what keeps one phase of the runtime busy; says `busy`.
     Busy {
         #[arg(long)]
@@ -95,6 +97,9 @@ fn main() -> Result<()> {
         Command::Conformance { expect_backend, seed, cases } => {
             let backend = world.backend().to_string();
             ensure!(backend == expect_backend, "served by {backend}, expected {expect_backend}");
+            let enabled = [("shm", world.shm_enabled()), ("tcp", world.tcp_enabled()), ("mpi", world.mpi_enabled())];
+            let says = enabled.iter().any(|(name, enabled)| *name == backend && *enabled);
+            ensure!(says || world.size() == 1, "{backend} is not among what is said to be enabled: {enabled:?}");
             conformance::run(&world, seed, cases)?;
         }
         Command::Steps { count, elements } => steps(&world, count, elements)?,
@@ -111,6 +116,10 @@ fn main() -> Result<()> {
             steps(&world, usize::MAX, 1000)?;
         }
         Command::Stall { rank, until } => stall(&world, rank, until)?,
+        Command::Astray => match (world.process_set(&[0, 1])?, world.rank()) {
+            (Some(set), 0) => set.allreduce("astray", &mut [1.0f32], ReduceOp::Sum)?,
+            _ => world.allreduce("astray", &mut [1.0f32], ReduceOp::Sum)?,
+        },
         Command::Topology => println!("{:?}", world.topology()),
         Command::Busy { .. } | Command::Again { .. } | Command::Twice => {} // Make their own worlds.
     }
