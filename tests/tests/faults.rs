@@ -125,7 +125,8 @@ fn jobs_on_one_host_do_not_meet() {
 
 #[test]
 fn ranks_with_different_settings_refuse_each_other() {
-    for (name, value) in [("HVD_SHM", "0"), ("HVD_CACHE_CAPACITY", "7"), ("HVD_PEER_TIMEOUT", "0")] {
+    let settings = [("HVD_SHM", "0"), ("HVD_CACHE_CAPACITY", "7"), ("HVD_PEER_TIMEOUT", "0"), ("HVD_TRANSPORT", "mpi")];
+    for (name, value) in settings {
         let finished = worker(3, &["steps", "--count", "3", "--elements", "10"]).var_on(1, name, value).run();
         finished.assert_failure();
         assert!(finished.elapsed < LIMIT, "{:?}", finished.elapsed);

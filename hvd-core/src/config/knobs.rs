@@ -136,6 +136,7 @@ pub const AGREED: &[&str] = &[
     "HVD_DOUBLING_LIMIT_BYTES",
     "HVD_HIERARCHICAL_ALLREDUCE",
     "HVD_SHM",
+    "HVD_TRANSPORT",
     "HVD_PEER_TIMEOUT",
     "HVD_AUTOTUNE",
 ];

@@ -3,8 +3,9 @@
 
 use std::time::Instant;
 
-use crate::config::{AGREED, Config, KNOBS};
+use crate::config::{AGREED, Config, KNOBS, TransportChoice};
 use crate::error::{Error, Result};
+use crate::transport::mpi;
 use crate::transport::talk::Talk;
 use crate::transport::{Tag, Transport};
 
@@ -27,7 +28,13 @@ pub(super) fn agree(transport: &mut dyn Transport, config: &Config, deadline: In
     let build = ("the build of hvd-core".to_string(), BUILD.to_string());
     let knobs = KNOBS.iter().filter(|knob| AGREED.contains(&knob.name));
     let settings = knobs.map(|knob| (knob.name.to_string(), (knob.show)(config)));
-    agree_on(transport, std::iter::once(build).chain(settings).collect(), deadline)
+    let mpi = (config.transport == TransportChoice::Mpi).then(|| ("the MPI library".to_string(), mpi_library()));
+    agree_on(transport, std::iter::once(build).chain(settings).chain(mpi).collect(), deadline)
+}
+
+/// The MPI that this rank would start, which waits for that of all others.
+fn mpi_library() -> String {
+    mpi::version().unwrap_or_else(|error| error.to_string())
 }
 
 fn agree_on(transport: &mut dyn Transport, own: Facts, deadline: Instant) -> Result<()> {

@@ -40,7 +40,6 @@ pub(super) fn world(config: Config) -> Result<World> {
     }
     let mut transport = next_transport(&config, &launch)?;
     let deadline = Instant::now() + config.start_timeout;
-    agree(&mut *transport, &config, deadline)?;
     let places = Places::gather(&mut *transport)?;
     let sharing = sharing(&mut *transport, &places, &config, deadline)?;
     observed(start(transport, sharing, topology, patience(&places, &config), &config)?, &config)
@@ -154,7 +153,8 @@ fn next_transport(config: &Config, launch: &Launch) -> Result<Box<dyn Transport>
     Ok(transport)
 }
 
-/// The transport that the settings ask for, or else the first that can introduce the ranks to each other.
+/// The transport that the settings ask for, or else the first that can introduce the ranks to each other. They have found that
+/// they fit together.
 fn transport(config: &Config, launch: &Launch, identity: Identity) -> Result<Box<dyn Transport>> {
     let meeting = meeting(config, launch)?;
     let bind = match (config.bind, &meeting) {
@@ -164,12 +164,19 @@ fn transport(config: &Config, launch: &Launch, identity: Identity) -> Result<Box
     };
     let Config { start_timeout, peer_timeout, .. } = *config;
     let options = TcpOptions { bind, start_timeout, peer_timeout, ..TcpOptions::default() };
+    if let Some(meeting) = meeting {
+        let mut mesh = TcpTransport::connect(identity, &meeting, &options)?;
+        agree(&mut mesh, config, Instant::now() + start_timeout)?;
+        return match config.transport {
+            TransportChoice::Mpi => Ok(Box::new(MpiTransport::beside(mesh)?)),
+            TransportChoice::Auto | TransportChoice::Tcp => Ok(Box::new(mesh)),
+        };
+    }
     let mpi_launched = matches!(launch.launcher, Launcher::OpenMpi | Launcher::Hydra);
-    match (config.transport, meeting) {
-        (TransportChoice::Mpi, meeting) => Ok(Box::new(MpiTransport::load(identity, meeting.as_ref(), &options)?)),
-        (TransportChoice::Auto, None) if mpi_launched => Ok(Box::new(MpiTransport::load(identity, None, &options)?)),
-        (_, Some(meeting)) => Ok(Box::new(TcpTransport::connect(identity, &meeting, &options)?)),
-        (_, None) => Err(Error::Config(match &launch.rendezvous {
+    match config.transport {
+        TransportChoice::Mpi => through_mpi(identity, config, &options),
+        TransportChoice::Auto if mpi_launched => through_mpi(identity, config, &options),
+        TransportChoice::Auto | TransportChoice::Tcp => Err(Error::Config(match &launch.rendezvous {
             Some(address) => format!(
                 "the ranks are on several hosts and would meet at {address}, but HVD_SECRET is not set; give all of them the \
                  same, for instance by `export HVD_SECRET=$(openssl rand -hex 32)` before the launcher starts"
@@ -179,6 +186,13 @@ fn transport(config: &Config, launch: &Launch, identity: Identity) -> Result<Box
                 .into(),
         })),
     }
+}
+
+/// The transport of ranks that only MPI can introduce to each other.
+fn through_mpi(identity: Identity, config: &Config, options: &TcpOptions) -> Result<Box<dyn Transport>> {
+    let mut transport = MpiTransport::load(identity, None, options)?;
+    agree(&mut transport, config, Instant::now() + config.start_timeout)?;
+    Ok(Box::new(transport))
 }
 
 /// Where the ranks meet over sockets: at the address in the settings, on their one host, or where the launcher lets us guess.

@@ -76,26 +76,34 @@ struct Fetch {
 }
 
 impl MpiTransport {
-    /// Loads the plugin, starts MPI, compares its world with the launcher's, and connects the mesh: at `meeting`, or
-    /// else by addresses exchanged through MPI.
+    /// Connects the mesh, loads the plugin, starts MPI and compares its world with the launcher's. The ranks of the mesh meet at
+    /// `meeting`, or else by addresses exchanged through MPI.
     ///
     /// # Errors
     /// [`Error::Config`] if there is no plugin, or if MPI sees another world than the launcher.
     pub fn load(identity: Identity, meeting: Option<&Meeting>, options: &TcpOptions) -> Result<MpiTransport> {
-        let plugin = Plugin::get()?;
-        plugin.init()?;
-        check_world(plugin, identity)?;
-        if plugin.change_users(1)? != 1 {
-            return Err(Error::Config(
-                "MPI serves one world at a time, and cannot be used again after a failure; start the job again".into(),
-            ));
+        if let Some(meeting) = meeting {
+            return Self::beside(TcpTransport::connect(identity, meeting, options)?);
         }
-        let mesh = match meeting {
-            Some(meeting) => TcpTransport::connect(identity, meeting, options)?,
-            None => TcpTransport::connect_through(identity, options, |address, seed| {
-                exchange(plugin, identity, address, seed, Instant::now() + options.start_timeout)
-            })?,
-        };
+        let plugin = start(identity)?;
+        let mesh = TcpTransport::connect_through(identity, options, |address, seed| {
+            exchange(plugin, identity, address, seed, Instant::now() + options.start_timeout)
+        })?;
+        Self::over(plugin, mesh)
+    }
+
+    /// As [`MpiTransport::load`], for ranks that a mesh connects already. They learn there whether all of them want MPI: its own
+    /// start waits for every process that `mpirun` has started, for ever.
+    ///
+    /// # Errors
+    /// As [`MpiTransport::load`]; the other ranks hear of it.
+    pub fn beside(mut mesh: TcpTransport) -> Result<MpiTransport> {
+        let plugin = start(mesh.identity()).inspect_err(|error| mesh.abort(&error.to_string()))?;
+        Self::over(plugin, mesh)
+    }
+
+    fn over(plugin: &'static Plugin, mesh: TcpTransport) -> Result<MpiTransport> {
+        let size = mesh.size();
         tracing::debug!(mpi = plugin.library_version(), path = ?plugin.path(), "MPI moves the data");
         let waiter = Arc::new(MpiWaiter::new(mesh.waiter()));
         Ok(MpiTransport {
@@ -103,11 +111,11 @@ impl MpiTransport {
             mesh,
             waiter,
             requests: Requests::default(),
-            matching: Matching::new(identity.size),
+            matching: Matching::new(size),
             notices: HashMap::new(),
             operations: Vec::new(),
             fetches: HashMap::new(),
-            next_number: vec![0; identity.size],
+            next_number: vec![0; size],
             numbers: plugin.max_tag()?.min(i32::MAX as u64) + 1,
             closing: false,
             closed: false,
@@ -387,13 +395,33 @@ impl Drop for MpiTransport {
     }
 }
 
-/// Name, version and plugin of the MPI that would be used. Loads it, but does not start it.
+/// Name and version of the MPI that would be used. Loads it, but does not start it.
+///
+/// # Errors
+/// As [`library`].
+pub(crate) fn version() -> Result<String> {
+    Ok(Plugin::get()?.library_version().trim_end().to_string())
+}
+
+/// As [`version`], and where its plugin is.
 ///
 /// # Errors
 /// [`Error::Config`] if the plugin or its MPI is not to be found.
 pub fn library() -> Result<String> {
+    Ok(format!("{} ({})", version()?, Plugin::get()?.path().display()))
+}
+
+/// Loads the plugin, starts MPI, and compares its world with the launcher's.
+fn start(identity: Identity) -> Result<&'static Plugin> {
     let plugin = Plugin::get()?;
-    Ok(format!("{} ({})", plugin.library_version().trim_end(), plugin.path().display()))
+    plugin.init()?;
+    check_world(plugin, identity)?;
+    match plugin.change_users(1)? {
+        1 => Ok(plugin),
+        _ => Err(Error::Config(
+            "MPI serves one world at a time, and cannot be used again after a failure; start the job again".into(),
+        )),
+    }
 }
 
 /// Refuses a world that is not the launcher's.

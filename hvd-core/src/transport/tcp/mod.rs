@@ -134,6 +134,11 @@ impl TcpTransport {
         Ok(TcpTransport { identity, links, inbox, bell, heartbeat, closing: false, failed: None })
     }
 
+    /// Who this rank is.
+    pub(super) fn identity(&self) -> Identity {
+        self.identity
+    }
+
     /// As [`Transport::abort`], where another rank was the first to fail.
     pub(super) fn abort_for(&mut self, rank: usize, cause: &str) {
         let own = rank == self.identity.rank;
