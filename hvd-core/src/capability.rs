@@ -26,7 +26,10 @@ pub fn capabilities() -> Vec<Capability> {
         Capability { name: "mpi", available: mpi_available, detail: mpi_detail },
         there("cuda", cuda_built(), "tensors on GPUs are staged on the CPU"),
         there("nccl", nccl_built(), "not used"),
+        there("rocm", rocm_built(), "not used"),
         there("gloo", gloo_built(), "not used: tcp takes its place"),
+        there("ccl", ccl_built(), "not used"),
+        there("ddl", ddl_built(), "not used"),
     ]
 }
 
@@ -55,7 +58,22 @@ pub fn nccl_built() -> bool {
     false
 }
 
+/// Whether buffers on AMD's GPUs are reduced there.
+pub fn rocm_built() -> bool {
+    false
+}
+
 /// Whether Gloo is used.
 pub fn gloo_built() -> bool {
+    false
+}
+
+/// Whether oneCCL is used.
+pub fn ccl_built() -> bool {
+    false
+}
+
+/// Whether IBM's DDL is used.
+pub fn ddl_built() -> bool {
     false
 }

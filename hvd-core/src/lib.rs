@@ -28,7 +28,10 @@ pub mod capability;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 
-pub use capability::{Capability, capabilities};
+pub use capability::{
+    Capability, capabilities, ccl_built, cuda_built, ddl_built, gloo_built, mpi_built, nccl_built, rocm_built,
+    shm_built, tcp_built,
+};
 pub use device::Device;
 pub use dtype::{DType, Element};
 pub use engine::observe::{Observer, Phase};
@@ -41,5 +44,6 @@ pub use topology::Topology;
 pub use wire::Compression;
 pub use world::{
     Backend, GroupVecHandle, JoinHandle, ProcessSet, SharedBuffer, SharedHandle, VecHandle, World, cross_rank,
-    cross_size, init, init_with, is_initialised, local_rank, local_size, rank, shutdown, size, world,
+    cross_size, init, init_with, is_initialised, local_rank, local_size, mpi_enabled, mpi_threads_supported, rank,
+    shm_enabled, shutdown, size, tcp_enabled, world,
 };

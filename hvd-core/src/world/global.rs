@@ -66,12 +66,12 @@ pub fn world() -> Result<World> {
 }
 
 macro_rules! queries {
-    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {$(
+    ($($(#[$doc:meta])* $name:ident: $type:ty),* $(,)?) => {$(
         $(#[$doc])*
         ///
         /// # Errors
         /// [`Error::NotInitialised`] before [`init`].
-        pub fn $name() -> Result<usize> {
+        pub fn $name() -> Result<$type> {
             world().map(|world| world.$name())
         }
     )*};
@@ -79,17 +79,25 @@ macro_rules! queries {
 
 queries!(
     /// This rank, `0 .. size`.
-    rank,
+    rank: usize,
     /// Number of ranks.
-    size,
+    size: usize,
     /// This rank among those of its host.
-    local_rank,
+    local_rank: usize,
     /// Number of ranks on this host.
-    local_size,
+    local_size: usize,
     /// This rank's host among those that have this local rank.
-    cross_rank,
+    cross_rank: usize,
     /// Number of hosts that have this local rank.
-    cross_size,
+    cross_size: usize,
+    /// Whether ranks share memory.
+    shm_enabled: bool,
+    /// Whether TCP moves bytes between ranks.
+    tcp_enabled: bool,
+    /// Whether MPI does.
+    mpi_enabled: bool,
+    /// Whether several threads may call MPI; see [`World::mpi_threads_supported`].
+    mpi_threads_supported: bool,
 );
 
 fn install_panic_hook() {

@@ -28,7 +28,8 @@ use crate::topology::Topology;
 use crate::transport::thread::ThreadTransport;
 
 pub use global::{
-    cross_rank, cross_size, init, init_with, is_initialised, local_rank, local_size, rank, shutdown, size, world,
+    cross_rank, cross_size, init, init_with, is_initialised, local_rank, local_size, mpi_enabled,
+    mpi_threads_supported, rank, shm_enabled, shutdown, size, tcp_enabled, world,
 };
 pub use handles::{GroupVecHandle, JoinHandle, VecHandle};
 pub use process_set::ProcessSet;
@@ -185,6 +186,27 @@ impl World {
     /// This rank's place in the world.
     pub fn topology(&self) -> &Topology {
         &self.inner().topology
+    }
+
+    /// Whether ranks share memory: all of them, or those of each host.
+    pub fn shm_enabled(&self) -> bool {
+        matches!(self.backend(), Backend::Shm | Backend::Hierarchical)
+    }
+
+    /// Whether TCP moves bytes between ranks, where they share no memory.
+    pub fn tcp_enabled(&self) -> bool {
+        self.inner().transport == Backend::Tcp
+    }
+
+    /// Whether MPI moves bytes between ranks, where they share no memory.
+    pub fn mpi_enabled(&self) -> bool {
+        self.inner().transport == Backend::Mpi
+    }
+
+    /// Whether several threads may call MPI, one at a time. An MPI that does not let them is refused at the start, so this says
+    /// the same as [`World::mpi_enabled`].
+    pub fn mpi_threads_supported(&self) -> bool {
+        self.mpi_enabled()
     }
 
     /// Has `observer` told of every station of this rank's tensors from now on; `None` ends that.
