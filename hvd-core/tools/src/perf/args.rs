@@ -69,6 +69,10 @@ pub struct Args {
     #[arg(long)]
     pub check: bool,
 
+    /// Afterwards submit nothing for so long, and tell how much of a core the busiest rank uses meanwhile
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub idle: Option<u64>,
+
     /// Print one JSON object a line instead of a table
     #[arg(long)]
     pub json: bool,

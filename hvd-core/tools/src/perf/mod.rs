@@ -20,7 +20,8 @@ pub use args::{Args, BackendChoice, Bench, BufferKind};
 use case::Case;
 use check::Value;
 use half::{bf16, f16};
-use report::{Report, Row};
+use nix::time::{ClockId, clock_gettime};
+use report::{Idle, Report, Row};
 
 /// Measures what `args` ask for and prints it on rank 0. Gives the number of wrong elements on all ranks.
 ///
@@ -67,7 +68,25 @@ fn sweep<T: Value + Element>(world: &World, args: &Args) -> Result<u64> {
         report.row(&Row::new(world, args, &*case, &seconds, args.check.then_some(wrong)))?;
         errors += wrong;
     }
+    if let Some(seconds) = args.idle {
+        report.idle(&Idle::new(world, seconds, share_while_idle(world, Duration::from_secs(seconds))?))?;
+    }
     Ok(errors)
+}
+
+/// What the busiest rank uses of a core while nothing is submitted.
+fn share_while_idle(world: &World, time: Duration) -> Result<f64> {
+    world.barrier()?;
+    let before = processor_time()?;
+    std::thread::sleep(time);
+    let mut share = [(processor_time()? - before).as_secs_f64() / time.as_secs_f64()];
+    world.allreduce("hvd-perf.idle", &mut share, ReduceOp::Max)?;
+    Ok(share[0])
+}
+
+/// The processor time that all threads of this process have used.
+fn processor_time() -> Result<Duration> {
+    Ok(clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)?.into())
 }
 
 /// Times of the slowest rank, ascending, in seconds; and the wrong elements of all ranks.

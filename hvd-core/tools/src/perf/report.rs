@@ -55,6 +55,25 @@ impl Row {
     }
 }
 
+/// What a world costs while nothing is submitted.
+#[derive(Clone, Debug, Serialize)]
+pub struct Idle {
+    bench: &'static str,
+    ranks: usize,
+    backend: String,
+    seconds: u64,
+    /// Of the busiest rank.
+    percent_of_a_core: f64,
+}
+
+impl Idle {
+    /// `share`: of a core, that the busiest rank used for so many seconds.
+    pub fn new(world: &World, seconds: u64, share: f64) -> Self {
+        let (ranks, backend) = (world.size(), world.backend().to_string());
+        Idle { bench: "idle", ranks, backend, seconds, percent_of_a_core: round(share * 100.0, 3) }
+    }
+}
+
 fn round(value: f64, places: i32) -> f64 {
     let unit = 10f64.powi(places);
     (value * unit).round() / unit
@@ -84,6 +103,21 @@ impl Report {
             ))?;
         }
         Ok(report)
+    }
+
+    /// Prints what an idle world costs.
+    ///
+    /// # Errors
+    /// As [`Report::new`].
+    pub fn idle(&self, idle: &Idle) -> Result<()> {
+        match (self.prints, self.json) {
+            (false, _) => Ok(()),
+            (true, true) => print(&serde_json::to_string(idle)?),
+            (true, false) => {
+                let Idle { seconds, percent_of_a_core, .. } = idle;
+                print(&format!("# Idle for {seconds} s: the busiest rank used {percent_of_a_core} % of a core"))
+            }
+        }
     }
 
     /// Prints one size's result.
