@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use crate::dtype::DType;
 use crate::wire::lane::{Lane, lanes};
-use crate::wire::simd::{Kernel, dispatch};
+use crate::wire::simd::{Isa, Kernel, dispatch};
 use crate::wire::sixteen;
 
 /// Partial sums of an inner product. A fixed number, so that the bits do not depend on the CPU's vectors.
@@ -120,7 +120,7 @@ struct Multiply<'a, L: Lane> {
 
 impl<L: Real> Kernel for Multiply<'_, L> {
     #[inline(always)]
-    fn run(self) {
+    fn run<I: Isa>(self) {
         let mut sums = [[0.0f64; SUMS]; 3];
         for (first, second) in self.first.chunks(SUMS).zip(self.second.chunks(SUMS)) {
             for (at, (first, second)) in first.iter().zip(second).enumerate() {
@@ -144,7 +144,7 @@ struct Blend<'a, L: Lane> {
 
 impl<L: Real> Kernel for Blend<'_, L> {
     #[inline(always)]
-    fn run(self) {
+    fn run<I: Isa>(self) {
         let (own, other) = self.factors;
         for (into, from) in self.into.iter_mut().zip(self.from) {
             *into = L::write(L::read(*into) * own + L::read(*from) * other);

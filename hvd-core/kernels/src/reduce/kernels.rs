@@ -2,8 +2,8 @@
 
 use std::marker::PhantomData;
 
-use crate::wire::lane::{Finish, Lane, Number};
-use crate::wire::simd::Kernel;
+use crate::wire::lane::{Finish, GROUP, Lane, Number};
+use crate::wire::simd::{Isa, Kernel};
 
 /// Elements whose results are gathered at a time: their accumulators (at most 8 bytes each) stay in the first-level
 /// cache beside the inputs.
@@ -37,8 +37,19 @@ pub(super) struct Accumulate<'a, L: Lane, O> {
 
 impl<L: Lane, O: Combine<L::Wide>> Kernel for Accumulate<'_, L, O> {
     #[inline(always)]
-    fn run(self) {
-        for (into, from) in self.into.iter_mut().zip(self.from) {
+    fn run<I: Isa>(self) {
+        let (mut into, mut from) = (self.into, self.from);
+        if L::in_groups::<I>() {
+            let (groups, rest) = into.as_chunks_mut::<GROUP>();
+            let (others, other_rest) = from.as_chunks::<GROUP>();
+            for (group, other) in groups.iter_mut().zip(others) {
+                let mut sums = L::load_group(group);
+                apply_group::<L, O>(&mut sums, &L::load_group(other));
+                L::store_group(&sums, group);
+            }
+            (into, from) = (rest, other_rest);
+        }
+        for (into, from) in into.iter_mut().zip(from) {
             *into = L::store(O::apply(L::load(*into), L::load(*from)));
         }
     }
@@ -54,11 +65,19 @@ pub(super) struct Gather<'a, L: Lane, O, F> {
 
 impl<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>> Kernel for Gather<'_, L, O, F> {
     #[inline(always)]
-    fn run(self) {
-        let Gather { out, inputs, finish, .. } = self;
+    fn run<I: Isa>(self) {
+        let Gather { mut out, inputs, finish, .. } = self;
+        let mut done = 0;
+        if L::in_groups::<I>() {
+            let (groups, rest) = out.as_chunks_mut::<GROUP>();
+            done = groups.len() * GROUP;
+            gather_groups::<L, O, F>(groups, inputs, finish);
+            out = rest;
+        }
         let mut sums = [L::Wide::default(); BLOCK];
         for (index, out) in out.chunks_mut(BLOCK).enumerate() {
-            let at = index * BLOCK..index * BLOCK + out.len();
+            let begin = done + index * BLOCK;
+            let at = begin..begin + out.len();
             let input = |rank: usize| &bytemuck::cast_slice::<u8, L::Bytes>(inputs[rank])[at.clone()];
             match inputs.len() {
                 1 => one::<L, F>(out, input(0), finish),
@@ -86,11 +105,58 @@ pub(super) struct Meet<'a, L: Lane, O, F> {
 
 impl<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>> Kernel for Meet<'_, L, O, F> {
     #[inline(always)]
-    fn run(self) {
-        for (first, second) in self.first.iter_mut().zip(self.second) {
+    fn run<I: Isa>(self) {
+        let (mut first, mut second) = (self.first, self.second);
+        if L::in_groups::<I>() {
+            let (firsts, first_rest) = first.as_chunks_mut::<GROUP>();
+            let (seconds, second_rest) = second.as_chunks_mut::<GROUP>();
+            for (first, second) in firsts.iter_mut().zip(seconds) {
+                let mut sums = L::load_group(first);
+                apply_group::<L, O>(&mut sums, &L::load_group(second));
+                finish_group(&mut sums, self.finish);
+                L::store_group(&sums, first);
+                *second = *first;
+            }
+            (first, second) = (first_rest, second_rest);
+        }
+        for (first, second) in first.iter_mut().zip(second) {
             *first = L::store(self.finish.apply(O::apply(L::load(*first), L::load(*second))));
             *second = *first;
         }
+    }
+}
+
+/// Whole groups, each through all inputs while it is in a register.
+#[inline(always)]
+fn gather_groups<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>>(
+    out: &mut [[L::Bytes; GROUP]],
+    inputs: &[&[u8]],
+    finish: F,
+) {
+    let group = |rank: usize, at: usize| -> &[L::Bytes; GROUP] {
+        &bytemuck::cast_slice::<u8, L::Bytes>(inputs[rank]).as_chunks::<GROUP>().0[at]
+    };
+    for (at, out) in out.iter_mut().enumerate() {
+        let mut sums = L::load_group(group(0, at));
+        for rank in 1..inputs.len() {
+            apply_group::<L, O>(&mut sums, &L::load_group(group(rank, at)));
+        }
+        finish_group(&mut sums, finish);
+        L::store_group(&sums, out);
+    }
+}
+
+#[inline(always)]
+fn apply_group<L: Lane, O: Combine<L::Wide>>(sums: &mut [L::Wide; GROUP], next: &[L::Wide; GROUP]) {
+    for (sum, next) in sums.iter_mut().zip(next) {
+        *sum = O::apply(*sum, *next);
+    }
+}
+
+#[inline(always)]
+fn finish_group<N: Number>(sums: &mut [N; GROUP], finish: impl Finish<N>) {
+    for sum in sums {
+        *sum = finish.apply(*sum);
     }
 }
 

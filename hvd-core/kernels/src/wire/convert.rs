@@ -2,8 +2,8 @@
 
 use std::marker::PhantomData;
 
-use super::lane::{Factor, Finish, Keep, Lane, Number, lanes, with_lane};
-use super::simd::{Kernel, dispatch};
+use super::lane::{Factor, Finish, GROUP, Keep, Lane, Number, lanes, with_lane};
+use super::simd::{Isa, Kernel, dispatch};
 use super::sixteen;
 use crate::dtype::DType;
 
@@ -130,8 +130,21 @@ where
     D::Wide: Via<N>,
 {
     #[inline(always)]
-    fn run(self) {
-        for (to, from) in self.dst.iter_mut().zip(self.src) {
+    fn run<I: Isa>(self) {
+        let (mut src, mut dst) = (self.src, self.dst);
+        if S::in_groups::<I>() || D::in_groups::<I>() {
+            let (froms, from_rest) = src.as_chunks::<GROUP>();
+            let (tos, to_rest) = dst.as_chunks_mut::<GROUP>();
+            for (to, from) in tos.iter_mut().zip(froms) {
+                let (from, mut values) = (S::load_group(from), [D::Wide::default(); GROUP]);
+                for (value, from) in values.iter_mut().zip(from) {
+                    *value = D::Wide::leave(self.finish.apply(from.enter()));
+                }
+                D::store_group(&values, to);
+            }
+            (src, dst) = (from_rest, to_rest);
+        }
+        for (to, from) in dst.iter_mut().zip(src) {
             *to = D::store(D::Wide::leave(self.finish.apply(S::load(*from).enter())));
         }
     }
@@ -144,7 +157,7 @@ struct InPlace<'a, L: Lane, F> {
 
 impl<L: Lane, F: Finish<L::Wide>> Kernel for InPlace<'_, L, F> {
     #[inline(always)]
-    fn run(self) {
+    fn run<I: Isa>(self) {
         for element in self.data {
             *element = L::store(self.finish.apply(L::load(*element)));
         }

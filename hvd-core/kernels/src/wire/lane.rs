@@ -3,7 +3,11 @@
 
 use bytemuck::Pod;
 
+use super::simd::Isa;
 use super::sixteen;
+
+/// Elements that are converted at once, where that is faster than one by one.
+pub(crate) const GROUP: usize = 8;
 
 /// An element type.
 pub(crate) trait Lane: 'static {
@@ -16,6 +20,27 @@ pub(crate) trait Lane: 'static {
     /// Rounds to an element. Of a NaN neither sign nor payload is kept: which one a sum of two has depends on how the
     /// compiler ordered the operands, so ranks would differ.
     fn store(value: Self::Wide) -> Self::Bytes;
+    /// Whether `I` has instructions for groups; otherwise the compiler makes the best of single elements.
+    #[inline(always)]
+    fn in_groups<I: Isa>() -> bool {
+        false
+    }
+    /// Reads a group. For [`Lane::in_groups`] only.
+    #[inline(always)]
+    fn load_group(group: &[Self::Bytes; GROUP]) -> [Self::Wide; GROUP] {
+        let mut wide = [Self::Wide::default(); GROUP];
+        for (wide, bytes) in wide.iter_mut().zip(group) {
+            *wide = Self::load(*bytes);
+        }
+        wide
+    }
+    /// Rounds to a group. For [`Lane::in_groups`] only.
+    #[inline(always)]
+    fn store_group(values: &[Self::Wide; GROUP], group: &mut [Self::Bytes; GROUP]) {
+        for (bytes, value) in group.iter_mut().zip(values) {
+            *bytes = Self::store(*value);
+        }
+    }
 }
 
 /// What elements are computed in.
@@ -259,8 +284,9 @@ pub(crate) mod lanes {
 // Expressions rather than closures: a closure cannot be marked to be inlined always, and where it is not, the loop
 // around it stays scalar.
 macro_rules! lane {
-    ($lane:ident: $bytes:ty => $wide:ty, $from:ident => $load:expr, $value:ident => $store:expr) => {
+    ($lane:ident: $bytes:ty => $wide:ty, $from:ident => $load:expr, $value:ident => $store:expr $(, $($groups:item)*)?) => {
         impl Lane for lanes::$lane {
+            $($($groups)*)?
             type Bytes = $bytes;
             type Wide = $wide;
             #[inline(always)]
@@ -279,7 +305,24 @@ macro_rules! lane {
 }
 
 lane!(F16: [u8; 2] => f32,
-    b => sixteen::widen_f16(u16::from_ne_bytes(b)), v => sixteen::narrow_f16(v).to_ne_bytes());
+b => sixteen::widen_f16(u16::from_ne_bytes(b)), v => sixteen::narrow_f16(v).to_ne_bytes(),
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn in_groups<I: Isa>() -> bool {
+    I::F16C
+}
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn load_group(group: &[[u8; 2]; GROUP]) -> [f32; GROUP] {
+    // SAFETY: this is for instruction sets with F16C.
+    unsafe { sixteen::widen_f16_group(group) }
+}
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn store_group(values: &[f32; GROUP], group: &mut [[u8; 2]; GROUP]) {
+    // SAFETY: as above.
+    unsafe { sixteen::narrow_f16_group(values, group) };
+});
 lane!(BF16: [u8; 2] => f32,
     b => sixteen::widen_bf16(u16::from_ne_bytes(b)), v => sixteen::narrow_bf16(v).to_ne_bytes());
 lane!(F32: [u8; 4] => f32,

@@ -6,8 +6,30 @@
 /// A loop over elements. [`Kernel::run`] and all that it calls must be `#[inline(always)]`, or else they are compiled
 /// for the baseline only.
 pub(crate) trait Kernel {
-    /// Runs the loop.
-    fn run(self);
+    /// Runs the loop, compiled for `I`.
+    fn run<I: Isa>(self);
+}
+
+/// What a loop may use besides plain Rust.
+pub(crate) trait Isa {
+    /// Whether there are the instructions that convert eight binary16 at once.
+    const F16C: bool;
+}
+
+/// Nothing.
+enum Plain {}
+
+/// AVX2 or better; no CPU has that without F16C.
+#[cfg(target_arch = "x86_64")]
+enum Avx {}
+
+impl Isa for Plain {
+    const F16C: bool = false;
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Isa for Avx {
+    const F16C: bool = true;
 }
 
 /// What a kernel can be compiled for.
@@ -30,11 +52,9 @@ impl Level {
         #[cfg(target_arch = "x86_64")]
         {
             use std::is_x86_feature_detected as has;
-            if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
-                return Level::Avx512;
-            }
-            if has!("avx2") {
-                return Level::Avx2;
+            if has!("avx2") && has!("f16c") {
+                let wide = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
+                return if wide { Level::Avx512 } else { Level::Avx2 };
             }
         }
         Level::Baseline
@@ -68,7 +88,7 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) {
 pub(crate) fn dispatch_at<K: Kernel>(level: Level, kernel: K) {
     assert!(level <= Level::best(), "no {level:?} here");
     match level {
-        Level::Baseline => kernel.run(),
+        Level::Baseline => kernel.run::<Plain>(),
         // SAFETY: the assertion has found that the CPU has what the function is compiled for.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { avx2(kernel) },
@@ -79,13 +99,13 @@ pub(crate) fn dispatch_at<K: Kernel>(level: Level, kernel: K) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 fn avx512<K: Kernel>(kernel: K) {
-    kernel.run();
+    kernel.run::<Avx>();
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,f16c")]
 fn avx2<K: Kernel>(kernel: K) {
-    kernel.run();
+    kernel.run::<Avx>();
 }
