@@ -1,6 +1,8 @@
 //! The process's memory: how much there is, and the allocator's settings for loops that make and drop the same large tensors
 //! over and over.
 
+use crate::{Error, Result};
+
 /// Tells the C library's allocator to keep memory that was freed.
 ///
 /// By default glibc maps each large tensor afresh and hands it back when it is dropped, so that every step of a training
@@ -14,6 +16,33 @@ pub fn keep_freed_memory() {
             // SAFETY: mallopt takes two numbers, may be called at any time, and ignores what it does not know.
             unsafe { libc::mallopt(name, value) };
         }
+    }
+}
+
+/// Bytes of memory that this host has, or that this process's container may use; none where the system does not tell.
+pub fn host_bytes() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let total = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = total.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let limit = limit.and_then(|text| text.trim().parse().ok()).unwrap_or(u64::MAX);
+    Some(limit.min(kib << 10))
+}
+
+/// Refuses a model whose weights take `bytes`, more than this host has: to try would end in the system killing some process.
+///
+/// # Errors
+/// [`Error::Config`] with both figures.
+pub fn check_room(bytes: usize) -> Result<()> {
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    match host_bytes().filter(|there| bytes as u64 > *there) {
+        None => Ok(()),
+        Some(there) => Err(Error::Config(format!(
+            "the model's weights alone need {:.1} GiB of memory, and this host has {:.1} GiB\n\
+             hint: make model.d_model, model.d_ff, model.n_layers or model.vocab_size smaller",
+            gib(bytes as u64),
+            gib(there)
+        ))),
     }
 }
 

@@ -28,7 +28,7 @@ use hvd_torch::Optimizer;
 use tch::Tensor;
 
 use crate::config::Config;
-use crate::model::TransformerLM;
+use crate::model::{TransformerLM, read_weights, write_weights};
 use crate::{Error, Result};
 
 pub(crate) use files::publish;
@@ -70,18 +70,14 @@ pub fn save_checkpoint(folder: &Path, name: &str, contents: &Contents) -> Result
 fn write(folder: &Path, contents: &Contents) -> Result<()> {
     let _ = std::fs::remove_dir_all(folder);
     std::fs::create_dir(folder).map_err(Error::io("create", folder))?;
-    Tensor::write_safetensors(&contiguous(contents.model), folder.join("model.safetensors"))?;
-    Tensor::write_safetensors(&contiguous(contents.optimizer), folder.join("optimizer.safetensors"))?;
+    write_weights(&folder.join("model.safetensors"), contents.model)?;
+    write_weights(&folder.join("optimizer.safetensors"), contents.optimizer)?;
     contents.config.save(folder.join("config.yaml"))?;
     if let Some(tokenizer) = contents.tokenizer {
         std::fs::copy(tokenizer, folder.join("tokenizer.json")).map_err(Error::io("copy", tokenizer))?;
     }
     state::write_state(folder, contents.state)?;
     files::sync_all(folder)
-}
-
-fn contiguous(tensors: &[(String, Tensor)]) -> Vec<(&str, Tensor)> {
-    tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.detach().contiguous())).collect()
 }
 
 /// Checks the checkpoint in the folder `path`, then copies it into `model` and `optimizer`. Nothing is changed where it
@@ -113,8 +109,8 @@ pub struct Loaded {
 /// [`Error::Checkpoint`] where it is not whole (a checksum, a missing file) or of another model.
 pub fn read_checkpoint(path: &Path, model: &TransformerLM) -> Result<Loaded> {
     let state = verify(path)?;
-    let weights = Tensor::read_safetensors(path.join("model.safetensors"))?;
-    let moments = Tensor::read_safetensors(path.join("optimizer.safetensors"))?;
+    let weights = read_weights(&path.join("model.safetensors"))?;
+    let moments = read_weights(&path.join("optimizer.safetensors"))?;
     check_shapes(&model.parameters(), &weights).map_err(|detail| Error::checkpoint(path, detail))?;
     Ok(Loaded { state, weights, moments })
 }

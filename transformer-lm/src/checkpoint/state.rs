@@ -19,7 +19,7 @@ const REQUIRED: &[&str] = &["model.safetensors", "optimizer.safetensors", "confi
 /// Where training stands after an update.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointState {
-    /// [`FORMAT_VERSION`].
+    /// [`FORMAT_VERSION`]; filled in when it is written.
     pub format_version: u32,
     /// Epochs that are over.
     pub epoch: u64,

@@ -4,6 +4,7 @@ use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
 use std::path::PathBuf;
 
 use clap::Parser;
+use clap::builder::RangedU64ValueParser;
 use tch::Device;
 
 use crate::checkpoint::{resolve, write_atomically};
@@ -78,7 +79,7 @@ pub struct GenerateArgs {
     stop: Vec<String>,
 
     /// Number of texts, drawn side by side
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     num_samples: usize,
 
     /// Write an object on a line for each text: sample, prompt, text, tokens, ending (length, end or stop), seed

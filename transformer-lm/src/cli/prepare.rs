@@ -39,7 +39,7 @@ pub struct PrepareArgs {
     output: PathBuf,
 
     /// Share of the tokens, the last ones, that is held out for validation
-    #[arg(long, default_value_t = 0.1, value_name = "SHARE")]
+    #[arg(long, default_value_t = 0.1, value_name = "SHARE", allow_negative_numbers = true)]
     val_fraction: f64,
 
     /// Most tokens in a file; a part that has more is cut into several shards

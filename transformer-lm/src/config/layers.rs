@@ -105,9 +105,9 @@ pub(super) fn build(base: Config, layers: &[Layer]) -> Result<Config> {
         overlay(&mut tree, &layer.value);
     }
     let config: Config = serde_yaml::from_value(tree).map_err(|e| Error::Config(e.to_string()))?;
-    let source_of = |path: &str| {
-        let layer = layers.iter().rev().find(|layer| layer.names(path));
-        layer.or(layers.first()).map_or("configuration", |layer| layer.source.as_str()).to_string()
+    let source_of = |path: &str| match layers.iter().rev().find(|layer| layer.names(path)) {
+        Some(layer) => layer.source.clone(),
+        None => format!("{} (by default)", layers.first().map_or("configuration", |layer| &layer.source)),
     };
     validate::check(&config, source_of)?;
     Ok(config)
@@ -136,9 +136,19 @@ fn entries(value: &Value) -> impl Iterator<Item = (&Value, &Value)> {
     value.as_mapping().into_iter().flatten()
 }
 
+/// Longer values are cut in errors.
+const SHOWN_CHARACTERS: usize = 120;
+
 /// A value as a user would write it, on one line.
 pub(super) fn show(value: &Value) -> String {
-    serde_json::to_string(value).unwrap_or_else(|_| format!("{value:?}"))
+    let text = match value.as_f64().filter(|number| !number.is_finite()) {
+        Some(_) => serde_yaml::to_string(value).unwrap_or_default().trim_end().to_string(), // JSON has no such numbers
+        None => serde_json::to_string(value).unwrap_or_else(|_| format!("{value:?}")),
+    };
+    match text.char_indices().nth(SHOWN_CHARACTERS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }
 
 /// The section of a key that was given in the wrong place: `section.key`.

@@ -9,6 +9,8 @@ const COUNT_OR_NULL: &str = "a whole number of at least 1, or null";
 const POSITIVE: &str = "a number greater than 0";
 const NOT_NEGATIVE: &str = "a number of at least 0";
 const SHARE: &str = "a number of at least 0 and less than 1";
+/// Each is a thread.
+const MOST_WORKERS: usize = 1024;
 const SWITCH: &str = "true or false";
 const PATH: &str = "a path";
 const PATH_OR_NULL: &str = "a path, or null";
@@ -58,7 +60,7 @@ pub(super) const EXPECTED: &[(&str, &str)] = &[
     ("training.peak_tflops", "a number greater than 0, or null"),
     ("training.device", "one of auto, cpu, cuda, cuda:N"),
     ("data.data_dir", PATH),
-    ("data.num_workers", COUNT_OR_ZERO),
+    ("data.num_workers", "a whole number of at least 0 and at most 1024"),
     ("generation.max_new_tokens", COUNT),
     ("generation.temperature", NOT_NEGATIVE),
     ("generation.top_k", "a whole number of at least 0 (0 turns it off)"),
@@ -137,6 +139,7 @@ fn out_of_range(config: &Config) -> Option<&'static str> {
         ("generation.repetition_penalty", positive(generation.repetition_penalty)),
         ("generation.stop", !generation.stop.iter().any(String::is_empty)),
         ("generation.num_samples", generation.num_samples >= 1),
+        ("data.num_workers", config.data.num_workers <= MOST_WORKERS),
         ("data.data_dir", !config.data.data_dir.as_os_str().is_empty()),
         ("paths.checkpoint_dir", !paths.checkpoint_dir.as_os_str().is_empty()),
     ];

@@ -14,6 +14,9 @@ const END: &str = "<|endoftext|>";
 /// The 256 bytes and the end token.
 pub(super) const FEWEST_TOKENS: usize = 257;
 
+/// The trainer takes memory for all at once; no known vocabulary has a tenth of these.
+const MOST_TOKENS: usize = 1 << 24;
+
 /// A byte-level byte-pair encoding (Sennrich et al., 2016; on bytes as in GPT-2), with GPT-2's rule for what is a word. It is
 /// kept in the format of the `tokenizers` library, which other programs read.
 #[derive(Debug)]
@@ -37,9 +40,10 @@ impl BytePairs {
     /// # Errors
     /// A reason, for a vocabulary that is too small.
     pub(super) fn train(texts: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<Self, String> {
-        if vocab_size < FEWEST_TOKENS {
+        if !(FEWEST_TOKENS..=MOST_TOKENS).contains(&vocab_size) {
             return Err(format!(
-                "--vocab-size {vocab_size}: expected at least {FEWEST_TOKENS}, the bytes and the end token"
+                "--vocab-size {vocab_size}: expected at least {FEWEST_TOKENS}, the bytes and the end token, and at most \
+                 {MOST_TOKENS}"
             ));
         }
         let trainer = BpeTrainer::builder()

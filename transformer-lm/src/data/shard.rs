@@ -126,10 +126,11 @@ impl Shard {
     /// # Errors
     /// A file that is missing, truncated, damaged or no shard.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io("open", path))?;
-        if !file.metadata().map_err(Error::io("read", path))?.is_file() {
+        // Asked before it is opened: opening a pipe waits for somebody to write.
+        if !std::fs::metadata(path).map_err(Error::io("read", path))?.is_file() {
             return Err(Error::data(path, "not a file"));
         }
+        let file = File::open(path).map_err(Error::io("open", path))?;
         // SAFETY: the map is read-only and bytes read through it are checked as untrusted values. That nobody shortens
         // the file meanwhile is the user's part; `lm prepare` replaces shards by renaming and never writes into one.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;

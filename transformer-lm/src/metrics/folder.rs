@@ -31,7 +31,11 @@ impl RunFolder {
         loop {
             let root = paths.checkpoint_dir.join(format!("{}_{run_name}", time.strftime("%Y%m%d_%H%M%S")));
             match std::fs::create_dir(&root) {
-                Ok(()) => return RunFolder::at(root, paths).with_folders(),
+                Ok(()) => {
+                    return RunFolder::at(root.clone(), paths).with_folders().inspect_err(|_| {
+                        let _ = std::fs::remove_dir(&root); // empty, or it stays
+                    });
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
                     time = time.saturating_add(jiff::Span::new().seconds(1));
                 }

@@ -98,15 +98,15 @@ impl ModelConfig {
         }
     }
 
-    /// Number of trainable numbers; the head shares the embedding's.
+    /// Number of trainable numbers; the head shares the embedding's. [`usize::MAX`] stands for all that is more.
     pub fn parameter_count(&self) -> usize {
-        let (d, ff) = (self.d_model, self.d_ff);
+        let [d, ff, vocabulary, layers] =
+            [self.d_model, self.d_ff, self.vocab_size, self.n_layers].map(|size| size as u128);
         let attention = (d * 3 * d + 3 * d) + (d * d + d);
         let feed_forward = (d * ff + ff) + (ff * d + d);
         let norm = 2 * d;
-        self.position_parameter_count()
-            + self.vocab_size * d
-            + self.n_layers * (attention + feed_forward + 2 * norm)
-            + norm
+        let positions = self.position_parameter_count() as u128;
+        let count = positions + vocabulary * d + layers * (attention + feed_forward + 2 * norm) + norm;
+        usize::try_from(count).unwrap_or(usize::MAX)
     }
 }

@@ -42,7 +42,7 @@ pub use cache::KvCache;
 pub use config::{ModelConfig, Positions};
 pub use decode::{Generation, GenerationParams};
 pub use loss::{IGNORE_INDEX, LossSums};
-pub use weights::{copy_weights, read_weights};
+pub use weights::{copy_weights, read_weights, write_weights};
 
 /// Standard deviation of the first weights.
 const STD: f64 = 0.02;
@@ -82,6 +82,9 @@ impl TransformerLM {
 
     fn build(vs: &nn::Path, config: &ModelConfig, mut init: Init) -> Result<Self> {
         config.validate()?;
+        if vs.device() == Device::Cpu {
+            crate::memory::check_room(config.parameter_count().saturating_mul(vs.kind().elt_size_in_bytes()))?;
+        }
         let d = config.d_model;
         Ok(Self {
             wte: init.normal(&(vs / "wte"), "weight", &[config.vocab_size, d], STD),

@@ -14,11 +14,26 @@ use crate::{Error, Result};
 /// A missing, damaged or truncated file.
 pub fn read_weights(path: &Path) -> Result<Vec<(String, Tensor)>> {
     std::fs::metadata(path).map_err(Error::io("read", path))?;
-    Tensor::read_safetensors(path).map_err(|error| {
-        let reason = error.to_string();
-        let reason = reason.lines().next().unwrap_or_default();
-        Error::data(path, format!("not a whole safetensors file ({reason})"))
-    })
+    Tensor::read_safetensors(path)
+        .map_err(|error| Error::data(path, format!("not a whole safetensors file ({})", reason(path, &error))))
+}
+
+/// Writes a safetensors file; the tensors may lie in memory in any way.
+///
+/// # Errors
+/// Where the file cannot be written.
+pub fn write_weights(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
+    let tensors: Vec<(&str, Tensor)> =
+        tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.detach().contiguous())).collect();
+    Tensor::write_safetensors(&tensors, path)
+        .map_err(|error| Error::data(path, format!("cannot be written ({})", reason(path, &error))))
+}
+
+/// What tch says, without the path that it says, too, and without a stack of calls.
+fn reason(path: &Path, error: &tch::TchError) -> String {
+    let text = error.to_string();
+    let text = text.lines().next().unwrap_or_default();
+    text.replace(&format!("safetensors error {}: ", path.display()), "")
 }
 
 /// Copies `weights` into the model's parameters, converting their element type. `source` is named in errors.

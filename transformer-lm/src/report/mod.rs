@@ -19,16 +19,20 @@ use run::Run;
 /// # Errors
 /// A folder without metrics, or whose metrics are damaged; files that cannot be written.
 pub fn report(folders: &[PathBuf], html: &Path) -> Result<PathBuf> {
+    let picture = html.with_extension("png");
+    if picture == html {
+        let text = format!("--output {}: the picture has this name; expected one that ends with .html", html.display());
+        return Err(Error::Config(text));
+    }
     let runs: Vec<Run> = folders.iter().map(|folder| Run::read(folder)).collect::<Result<_>>()?;
     let (width, height) = chart::size(&runs);
     let mut svg = Svg::new(width, height);
     chart::draw(&runs, &mut svg);
     write_atomically(html, page::html(&runs, &svg.finish()).as_bytes())?;
-    let path = html.with_extension("png");
     let too_large = || Error::Training(format!("a picture of {width} x {height} is too large"));
     let mut png = Png::new(width, height).ok_or_else(too_large)?;
     chart::draw(&runs, &mut png);
-    let bytes = png.finish().map_err(|error| Error::io("write", &path)(std::io::Error::other(error)))?;
-    write_atomically(&path, &bytes)?;
-    Ok(path)
+    let bytes = png.finish().map_err(|error| Error::io("write", &picture)(std::io::Error::other(error)))?;
+    write_atomically(&picture, &bytes)?;
+    Ok(picture)
 }

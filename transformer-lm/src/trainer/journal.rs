@@ -32,6 +32,8 @@ pub(super) struct Journal {
     flops: (f64, f64),
     /// Whether the last row could not be written: a full disk is complained of once.
     failing: bool,
+    /// Why the last checkpoint could not be written.
+    lost: Option<Error>,
 }
 
 impl Journal {
@@ -59,6 +61,7 @@ impl Journal {
             earlier: state.wall_time,
             flops,
             failing: false,
+            lost: None,
         };
         for path in superseded {
             journal.say(&format!("resume: moved a later checkpoint to {}", path.display()));
@@ -179,13 +182,18 @@ impl Journal {
         let tokenizer = Some(&*self.tokenizer);
         let snapshot = Snapshot::take(&learner.model.parameters(), moments, state, self.config.clone(), tokenizer);
         names.iter().for_each(|name| self.saver.save(name, &snapshot, may_stand));
-        self.warn_of(self.saver.failures());
+        let failures = self.saver.failures();
+        self.warn_of(failures);
     }
 
-    /// The older checkpoints are whole: training can go on.
-    fn warn_of(&self, failures: Vec<(String, Error)>) {
+    /// The older checkpoints are whole: training can go on, but without the last one a run has not succeeded.
+    fn warn_of(&mut self, failures: Vec<(String, Error)>) {
         for (name, error) in failures {
-            self.say(&format!("warning: {name} was not saved: {error}"));
+            if name == FINAL {
+                self.lost = Some(error);
+            } else {
+                self.say(&format!("warning: {name} was not saved: {error}"));
+            }
         }
     }
 
@@ -194,11 +202,10 @@ impl Journal {
     /// # Errors
     /// Where the last of them, `final_model`, could not be written.
     pub fn close(&mut self) -> Result<()> {
-        let mut failures = self.saver.finish();
-        let last = failures.iter().position(|(name, _)| name == FINAL).map(|at| failures.remove(at));
+        let failures = self.saver.finish();
         self.warn_of(failures);
         self.progress.finish();
-        last.map_or(Ok(()), |(_, error)| Err(error))
+        self.lost.take().map_or(Ok(()), Err)
     }
 }
 

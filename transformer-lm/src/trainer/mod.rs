@@ -23,7 +23,7 @@ use crate::data::{
     BatchStream, LoaderConfig, PreparedData, TOKENIZER_FILE, Tokenizer, TrainLoader, load_preprocessed_data, loaders_of,
 };
 use crate::generate::{TextParams, generate_text};
-use crate::metrics::{self, RunMetadata};
+use crate::metrics::{self, RunFolder, RunMetadata};
 use crate::model::ModelConfig;
 use crate::{Error, Result};
 
@@ -149,14 +149,18 @@ impl<'a> Run<'a> {
             }
             if let Some(path) = &start.checkpoint {
                 let saved = checkpoint::read_state(path)?;
-                resume::check(&saved, &self.state)?;
+                resume::check(path, &saved, &self.state)?;
                 let loaded = checkpoint::read_checkpoint(path, &self.learner.model)?;
                 crate::model::copy_weights(&self.learner.model, loaded.weights, path)?;
                 moments = loaded.moments;
                 let world_size = self.setup.world_size;
                 self.state = CheckpointState { world_size, files: BTreeMap::new(), ..loaded.state };
             }
-            let run = start.run.with_folders()?;
+            // Only now, so that a run that cannot start leaves no folder.
+            let run = match start.run {
+                Some(run) => run.with_folders()?,
+                None => RunFolder::create(&self.config.paths, run_name)?,
+            };
             self.run = Some(run.root.clone());
             let peak = devices.iter().map(|device| device.peak_flops).sum();
             RunMetadata::collect(devices, start.checkpoint.as_deref()).append(&run.root)?;

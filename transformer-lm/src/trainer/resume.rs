@@ -25,23 +25,23 @@ impl From<&str> for Resume {
 /// What [`find`] decided.
 #[derive(Debug)]
 pub struct Start {
-    /// The run's folder.
-    pub run: RunFolder,
+    /// The folder of the run that goes on; none: a new run.
+    pub run: Option<RunFolder>,
     /// The checkpoint to load.
     pub checkpoint: Option<PathBuf>,
     /// What was found and passed over, for people.
     pub notes: Vec<String>,
 }
 
-/// Decides where to start. Called by rank 0 alone.
+/// Decides where to start; makes no folder. Called by rank 0 alone.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] for a path without a whole checkpoint; [`Error::Io`].
 pub fn find(paths: &PathsSection, resume: Option<&Resume>, run_name: &str) -> Result<Start> {
     match resume {
-        None => Ok(Start { run: RunFolder::create(paths, run_name)?, checkpoint: None, notes: Vec::new() }),
+        None => Ok(Start { run: None, checkpoint: None, notes: Vec::new() }),
         Some(Resume::Auto) => auto(paths, run_name),
-        Some(Resume::Path(path)) => from_path(paths, path, run_name),
+        Some(Resume::Path(path)) => from_path(paths, path),
     }
 }
 
@@ -54,25 +54,22 @@ fn auto(paths: &PathsSection, run_name: &str) -> Result<Start> {
         notes.extend(found.skipped.iter().map(|reason| format!("resume: skipped {reason}")));
         if let Some((path, _)) = found.newest {
             notes.push(format!("resume: going on from {}", path.display()));
-            return Ok(Start { run: run.clone().with_folders()?, checkpoint: Some(path), notes });
+            return Ok(Start { run: Some(run.clone()), checkpoint: Some(path), notes });
         }
         notes.push(format!("resume: {} has no whole checkpoint", run.root.display()));
     }
-    let run = match runs.into_iter().next() {
-        Some(newest) => {
-            notes.push(format!("resume: starting {} from the beginning", newest.root.display()));
-            newest.with_folders()?
-        }
+    let run = runs.into_iter().next();
+    notes.push(match &run {
+        Some(newest) => format!("resume: starting {} from the beginning", newest.root.display()),
         None => {
             let folder = paths.checkpoint_dir.display();
-            notes.push(format!("resume: there is no run named {run_name} in {folder} yet; starting one"));
-            RunFolder::create(paths, run_name)?
+            format!("resume: there is no run named {run_name} in {folder} yet; starting one")
         }
-    };
+    });
     Ok(Start { run, checkpoint: None, notes })
 }
 
-fn from_path(paths: &PathsSection, path: &Path, run_name: &str) -> Result<Start> {
+fn from_path(paths: &PathsSection, path: &Path) -> Result<Start> {
     if !path.is_dir() {
         return Err(Error::checkpoint(
             path,
@@ -82,10 +79,7 @@ fn from_path(paths: &PathsSection, path: &Path, run_name: &str) -> Result<Start>
     let path = path.canonicalize().map_err(Error::io("resolve", path))?;
     let mut notes = Vec::new();
     let checkpoint = if path.join("state.json").exists() { path.clone() } else { newest_in(&path, &mut notes)? };
-    let run = match RunFolder::of_checkpoint(paths, &checkpoint) {
-        Some(run) => run.with_folders()?,
-        None => RunFolder::create(paths, run_name)?,
-    };
+    let run = RunFolder::of_checkpoint(paths, &checkpoint);
     notes.push(format!("resume: going on from {}", checkpoint.display()));
     Ok(Start { run, checkpoint: Some(checkpoint), notes })
 }
@@ -101,17 +95,25 @@ fn newest_in(folder: &Path, notes: &mut Vec<String>) -> Result<PathBuf> {
     }
 }
 
-/// Refuses to go on where the position would mean other data.
+/// Refuses to go on from the checkpoint at `path` where its position makes no sense or would mean other data.
 ///
 /// # Errors
-/// [`Error::Config`] that names what differs.
-pub fn check(saved: &CheckpointState, fresh: &CheckpointState) -> Result<()> {
+/// [`Error::Checkpoint`]; [`Error::Config`] that names what differs.
+pub fn check(path: &Path, saved: &CheckpointState, fresh: &CheckpointState) -> Result<()> {
     if saved.global_batch_size == 0 {
         return Err(Error::Config(
             "cannot resume: the checkpoint was imported, so it holds weights and no place in a training\n\
              hint: start a new run from it with --set training.init_from=CHECKPOINT"
                 .into(),
         ));
+    }
+    let CheckpointState { epoch, step, global_step, batches_per_epoch, .. } = *saved;
+    let updates = epoch.checked_mul(batches_per_epoch).and_then(|updates| updates.checked_add(step));
+    if step >= batches_per_epoch || updates != Some(global_step) {
+        let text = format!(
+            "state.json is damaged: {epoch} epochs of {batches_per_epoch} updates and {step} more are not {global_step}"
+        );
+        return Err(Error::checkpoint(path, text));
     }
     let pairs = [
         ("seed", saved.seed, fresh.seed),
