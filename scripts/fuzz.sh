@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fuzzes everything in hvd-core that reads bytes or texts from outside (fuzz/), with libFuzzer. A stable compiler is enough;
+# Fuzzes everything that reads bytes or texts from outside (fuzz/), with libFuzzer. A stable compiler is enough;
 # `cargo fuzz run --sanitizer none TARGET` does the same where cargo-fuzz is installed.
 #
 # usage: scripts/fuzz.sh [SECONDS [TARGET…]]
 #
 #   SECONDS   for each target; 60 if not given
-#   TARGET    frames, handshake, negotiation, objects, environment; all if not given
+#   TARGET    frames, handshake, negotiation, objects, environment, shards, checkpoints; all if not given
 #
 # What was found interesting is kept in .cache/fuzz and built upon by the next run. Input that fails is kept there, too, and
 # shown. Exit codes: 0 nothing failed, 1 some input fails, 2 wrong usage.
@@ -14,7 +14,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 cd "$ROOT"
 
-readonly TARGETS=(frames handshake negotiation objects environment)
+readonly TARGETS=(frames handshake negotiation objects environment shards checkpoints)
 
 # What libFuzzer needs to see which way the code goes, as cargo-fuzz sets it.
 readonly COVERAGE="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4

@@ -1,80 +1,16 @@
-//! `state.json`: where training stands, and the checksums that tell a whole checkpoint from a damaged one.
+//! The state of a checkpoint as a file, and the checksums that tell a whole checkpoint from a damaged one.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{Error, Result};
 
-/// Layout of a checkpoint; one of another version is refused.
-pub const FORMAT_VERSION: u32 = 1;
+pub use lm_formats::state::{CheckpointState, FORMAT_VERSION, GuardState, ScalerState};
 
 const NAME: &str = "state.json";
-/// Without these a checkpoint cannot be resumed.
-const REQUIRED: &[&str] = &["model.safetensors", "optimizer.safetensors", "config.yaml"];
-
-/// Where training stands after an update.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct CheckpointState {
-    /// [`FORMAT_VERSION`]; filled in when it is written.
-    pub format_version: u32,
-    /// Epochs that are over.
-    pub epoch: u64,
-    /// Updates done in the epoch after those: the position in the data, in global batches.
-    pub step: u64,
-    /// Updates since the start of training.
-    pub global_step: u64,
-    /// Loss of the last update, in nats per token.
-    pub loss: Option<f64>,
-    /// Lowest validation loss so far.
-    pub best_val_loss: Option<f64>,
-    /// The configuration's seed; order of the data and dropout follow from it and the position.
-    pub seed: u64,
-    /// Sequences per update; the position counts in these.
-    pub global_batch_size: usize,
-    /// Global batches of an epoch: tells when the data has changed.
-    pub batches_per_epoch: u64,
-    /// Ranks that wrote it. Another number may resume it.
-    pub world_size: usize,
-    /// Seconds of training so far.
-    pub wall_time: f64,
-    /// The loss scaler of fp16.
-    pub scaler: Option<ScalerState>,
-    /// What decides which updates are skipped.
-    #[serde(default)]
-    pub guard: GuardState,
-    /// Validations since the one with the lowest loss.
-    #[serde(default)]
-    pub validations_since_best: u64,
-    /// SHA-256 of every other file, in hexadecimal.
-    #[serde(default)]
-    pub files: BTreeMap<String, String>,
-}
-
-/// Where the loss scaler of fp16 stands.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ScalerState {
-    /// The loss is multiplied by this before the backward pass.
-    pub scale: f64,
-    /// Updates since the last overflow.
-    pub good_steps: u64,
-}
-
-/// What the guard against bad updates has seen.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct GuardState {
-    /// Updates skipped since the start of training.
-    pub skipped: u64,
-    /// Updates skipped since the last one that was made.
-    pub in_a_row: u64,
-    /// The last losses, the oldest first.
-    pub losses: Vec<f64>,
-    /// The last gradient norms, the oldest first.
-    pub norms: Vec<f64>,
-}
 
 /// Writes `state.json` with the checksums of the files that are in `folder` now.
 pub(super) fn write_state(folder: &Path, state: &CheckpointState) -> Result<()> {
@@ -95,16 +31,7 @@ pub(super) fn write_state(folder: &Path, state: &CheckpointState) -> Result<()> 
 pub fn read_state(path: &Path) -> Result<CheckpointState> {
     let refuse = |detail: String| Error::checkpoint(path, detail);
     let text = std::fs::read(path.join(NAME)).map_err(|error| refuse(format!("cannot read {NAME}: {error}")))?;
-    let value: serde_json::Value =
-        serde_json::from_slice(&text).map_err(|error| refuse(format!("{NAME} is damaged: {error}")))?;
-    match value.get("format_version").and_then(|version| version.as_u64()) {
-        Some(version) if version == u64::from(FORMAT_VERSION) => {}
-        version => {
-            let version = version.map_or("none".to_string(), |version| version.to_string());
-            return Err(refuse(format!("format_version is {version}, this program reads {FORMAT_VERSION}")));
-        }
-    }
-    serde_json::from_value(value).map_err(|error| refuse(format!("{NAME} is damaged: {error}")))
+    CheckpointState::from_json(&text).map_err(|malformed| refuse(malformed.to_string()))
 }
 
 /// Reads `state.json` and compares every file with its checksum.
@@ -117,13 +44,8 @@ pub fn verify(path: &Path) -> Result<CheckpointState> {
         return Err(refuse("there is no such folder".into()));
     }
     let state = read_state(path)?;
-    if let Some(name) = REQUIRED.iter().find(|name| !state.files.contains_key(**name)) {
-        return Err(refuse(format!("{NAME} does not list {name}")));
-    }
+    state.check_files().map_err(|malformed| refuse(malformed.to_string()))?;
     for (name, expected) in &state.files {
-        if name.contains('/') {
-            return Err(refuse(format!("{NAME} lists {name:?}, which is not a file of this folder")));
-        }
         let file = path.join(name);
         if !file.is_file() {
             return Err(refuse(format!("{name} is missing")));

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::{TOKENIZER_FILE, TRAIN, VAL, shard};
+use lm_formats::shard::MAGIC;
+
+use super::{TOKENIZER_FILE, TRAIN, VAL};
 use crate::{Error, Result};
 
 /// All tokens before they are split; only while a folder is being made.
@@ -103,8 +105,8 @@ fn entries(folder: &Path) -> Result<Vec<String>> {
 }
 
 fn is_shard(path: &Path) -> bool {
-    let mut start = [0; shard::MAGIC.len()];
-    File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && &start == shard::MAGIC
+    let mut start = [0; MAGIC.len()];
+    File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && &start == MAGIC
 }
 
 /// Makes a folder's entries durable.

@@ -1,19 +1,4 @@
-//! Token shards: files of tokens, 16 or 32 bits each, behind a header.
-//!
-//! | bytes | content |
-//! |---|---|
-//! | 0..8 | magic `LMTOKENS` |
-//! | 8..12 | version, 1 |
-//! | 12..16 | bytes per token, 2 or 4 |
-//! | 16..24 | vocabulary size: every token is below |
-//! | 24..32 | number of tokens |
-//! | 32..40 | CRC-32 of the tokens' bytes |
-//! | 40..56 | the tokenizer's name, filled with zeros |
-//! | 56..60 | zeros |
-//! | 60..64 | CRC-32 of bytes 0..60 |
-//! | 64.. | the tokens |
-//!
-//! All numbers are little endian.
+//! Token shards as files; [`lm_formats::shard`] describes their bytes.
 
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -24,93 +9,10 @@ use memmap2::Mmap;
 use super::Tokenizer;
 use crate::{Error, Result};
 
-/// Length of the header in bytes.
-pub const HEADER_BYTES: usize = 64;
-
-pub(super) const MAGIC: &[u8; 8] = b"LMTOKENS";
-const VERSION: u32 = 1;
-const NAME_BYTES: usize = 16;
+pub use lm_formats::shard::{HEADER_BYTES, Header};
 
 /// Shards up to this size have their checksum verified when they are opened (a fraction of a second).
 const VERIFIED_AT_OPEN_BYTES: usize = 256 << 20;
-
-/// What a shard says about itself.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Header {
-    /// Bytes per token, 2 or 4.
-    pub token_bytes: usize,
-    /// Every token is below this.
-    pub vocab_size: usize,
-    /// Number of tokens.
-    pub tokens: u64,
-    /// CRC-32 of the tokens' bytes.
-    pub checksum: u32,
-    /// The tokenizer's name.
-    pub tokenizer: String,
-}
-
-impl Header {
-    fn encode(&self) -> [u8; HEADER_BYTES] {
-        let mut bytes = [0; HEADER_BYTES];
-        bytes[..8].copy_from_slice(MAGIC);
-        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        bytes[12..16].copy_from_slice(&(self.token_bytes as u32).to_le_bytes());
-        bytes[16..24].copy_from_slice(&(self.vocab_size as u64).to_le_bytes());
-        bytes[24..32].copy_from_slice(&self.tokens.to_le_bytes());
-        bytes[32..40].copy_from_slice(&u64::from(self.checksum).to_le_bytes());
-        bytes[40..40 + self.tokenizer.len()].copy_from_slice(self.tokenizer.as_bytes());
-        let checksum = crc32fast::hash(&bytes[..60]);
-        bytes[60..].copy_from_slice(&checksum.to_le_bytes());
-        bytes
-    }
-
-    /// Reads the header of a file's bytes and compares it with their length.
-    fn decode(file: &[u8]) -> std::result::Result<Self, String> {
-        let bytes = file.first_chunk::<HEADER_BYTES>().ok_or("truncated: shorter than a shard's header")?;
-        if &bytes[..8] != MAGIC {
-            return Err("not a token shard (wrong magic)".into());
-        }
-        if u32_at(bytes, 8) != VERSION {
-            return Err(format!("version {}; this program reads {VERSION}", u32_at(bytes, 8)));
-        }
-        if u32_at(bytes, 60) != crc32fast::hash(&bytes[..60]) {
-            return Err("damaged header (wrong checksum)".into());
-        }
-        let header = Self::fields(bytes)?;
-        let expected = header.tokens.checked_mul(header.token_bytes as u64).and_then(|n| n.checked_add(64));
-        if expected != Some(file.len() as u64) {
-            let (tokens, len) = (header.tokens, file.len());
-            return Err(format!("truncated or overlong: {len} bytes do not hold the {tokens} tokens it announces"));
-        }
-        Ok(header)
-    }
-
-    fn fields(bytes: &[u8; HEADER_BYTES]) -> std::result::Result<Self, String> {
-        let token_bytes = u32_at(bytes, 12) as usize;
-        let vocab_size = u64_at(bytes, 16);
-        let most = match token_bytes {
-            2 => 1 << 16,
-            4 => 1 << 31,
-            other => return Err(format!("{other} bytes per token; expected 2 or 4")),
-        };
-        if vocab_size == 0 || vocab_size > most {
-            return Err(format!("a vocabulary of {vocab_size} in {token_bytes} bytes per token"));
-        }
-        let checksum = u32::try_from(u64_at(bytes, 32)).map_err(|_| "impossible checksum")?;
-        let name = &bytes[40..40 + NAME_BYTES];
-        let end = name.iter().position(|&byte| byte == 0).unwrap_or(NAME_BYTES);
-        let tokenizer = std::str::from_utf8(&name[..end]).map_err(|_| "the tokenizer's name is no text")?.to_owned();
-        Ok(Self { token_bytes, vocab_size: vocab_size as usize, tokens: u64_at(bytes, 24), checksum, tokenizer })
-    }
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
-}
 
 /// An open shard, mapped into memory.
 #[derive(Debug)]
@@ -134,7 +36,7 @@ impl Shard {
         // SAFETY: the map is read-only and bytes read through it are checked as untrusted values. That nobody shortens
         // the file meanwhile is the user's part; `lm prepare` replaces shards by renaming and never writes into one.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        let header = Header::decode(&map).map_err(|detail| Error::data(path, detail))?;
+        let header = Header::decode(&map).map_err(|malformed| Error::data(path, malformed.to_string()))?;
         let shard = Self { path: path.into(), header, map };
         if shard.map.len() <= VERIFIED_AT_OPEN_BYTES {
             shard.verify()?;
@@ -154,10 +56,7 @@ impl Shard {
 
     /// Reads everything and compares the checksum.
     pub fn verify(&self) -> Result<()> {
-        if crc32fast::hash(&self.map[HEADER_BYTES..]) != self.header.checksum {
-            return Err(Error::data(&self.path, "damaged (wrong checksum); run `lm prepare` again"));
-        }
-        Ok(())
+        self.header.verify(&self.map).map_err(|malformed| Error::data(&self.path, malformed.to_string()))
     }
 
     /// Appends `len` tokens from `start` on to `tokens`.
@@ -165,26 +64,8 @@ impl Shard {
     /// # Errors
     /// Tokens that lie outside the shard or outside the vocabulary.
     pub fn read(&self, start: u64, len: usize, tokens: &mut Vec<i64>) -> Result<()> {
-        let end = start.checked_add(len as u64).filter(|&end| end <= self.header.tokens);
-        let Some(end) = end else {
-            let held = self.header.tokens;
-            return Err(Error::data(&self.path, format!("tokens {start} and {len} more asked of {held}")));
-        };
-        let width = self.header.token_bytes;
-        let bytes = &self.map[HEADER_BYTES + start as usize * width..HEADER_BYTES + end as usize * width];
-        let first = tokens.len();
-        match width {
-            2 => tokens.extend(bytes.chunks_exact(2).map(|b| i64::from(u16::from_le_bytes([b[0], b[1]])))),
-            _ => tokens.extend(bytes.chunks_exact(4).map(|b| i64::from(u32_at(b, 0)))),
-        }
-        let vocabulary = self.header.vocab_size as i64;
-        match tokens[first..].iter().position(|&token| token >= vocabulary) {
-            None => Ok(()),
-            Some(offset) => {
-                let (token, at) = (tokens[first + offset], start + offset as u64);
-                Err(Error::data(&self.path, format!("token {token} at {at} is outside the vocabulary of {vocabulary}")))
-            }
-        }
+        let read = self.header.read(&self.map, start, len, tokens);
+        read.map_err(|malformed| Error::data(&self.path, malformed.to_string()))
     }
 }
 

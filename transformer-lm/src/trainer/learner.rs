@@ -150,7 +150,7 @@ impl Learner {
     /// fp16 overflows now and then as its scale is sounded out: that is not the guard's matter.
     fn judge(&mut self, loss: f64, norm: Option<f64>) -> Option<Skip> {
         let finite = loss.is_finite() && norm.is_none_or(f64::is_finite);
-        match self.scaler.as_mut().is_some_and(|scaler| scaler.skips(finite)) {
+        match self.scaler.as_mut().is_some_and(|scaler| overflowed(scaler, finite)) {
             true => Some(Skip::Overflow),
             false => self.guard.judge(loss, norm),
         }
@@ -213,17 +213,15 @@ fn gives_up(guard: &Guard, loss: f64, norm: Option<f64>, lr: f64, step: u64) -> 
     ))
 }
 
-impl ScalerState {
-    /// Accounts for an update whose gradients were `finite`; whether to skip it.
-    fn skips(&mut self, finite: bool) -> bool {
-        self.good_steps = if finite { self.good_steps + 1 } else { 0 };
-        if !finite {
-            self.scale /= 2.0;
-        } else if self.good_steps.is_multiple_of(GROWTH_INTERVAL) {
-            self.scale *= 2.0;
-        }
-        !finite
+/// Accounts for an update whose gradients were `finite`; whether to skip it.
+fn overflowed(scaler: &mut ScalerState, finite: bool) -> bool {
+    scaler.good_steps = if finite { scaler.good_steps + 1 } else { 0 };
+    if !finite {
+        scaler.scale /= 2.0;
+    } else if scaler.good_steps.is_multiple_of(GROWTH_INTERVAL) {
+        scaler.scale *= 2.0;
     }
+    !finite
 }
 
 /// Models with fewer parameters are not worth the messages that sharding costs.

@@ -107,14 +107,7 @@ pub fn check(path: &Path, saved: &CheckpointState, fresh: &CheckpointState) -> R
                 .into(),
         ));
     }
-    let CheckpointState { epoch, step, global_step, batches_per_epoch, .. } = *saved;
-    let updates = epoch.checked_mul(batches_per_epoch).and_then(|updates| updates.checked_add(step));
-    if step >= batches_per_epoch || updates != Some(global_step) {
-        let text = format!(
-            "state.json is damaged: {epoch} epochs of {batches_per_epoch} updates and {step} more are not {global_step}"
-        );
-        return Err(Error::checkpoint(path, text));
-    }
+    saved.check_position().map_err(|malformed| Error::checkpoint(path, malformed.to_string()))?;
     let pairs = [
         ("seed", saved.seed, fresh.seed),
         ("sequences per update", saved.global_batch_size as u64, fresh.global_batch_size as u64),
