@@ -313,3 +313,52 @@ fn a_wrong_setting_ends_all_ranks_with_one_explanation() {
     finished.assert_failure();
     assert!(finished.stderr.contains("learning_rate"), "{}", finished.stderr);
 }
+
+/// A slice of a trace, of one of the program's own rows.
+struct Slice {
+    name: String,
+    start: f64,
+    end: f64,
+}
+
+/// The slices of the row `training` of a rank.
+fn slices(events: &[serde_json::Value], rank: usize) -> Vec<Slice> {
+    let of_rank = || events.iter().filter(|event| event["pid"] == rank);
+    let row = of_rank().find(|event| event["name"] == "thread_name" && event["args"]["name"] == "training");
+    let row = &row.expect("a row for training")["tid"];
+    let own = of_rank().filter(|event| event["ph"] == "X" && event["tid"] == *row);
+    let slice = |event: &serde_json::Value| {
+        let (start, length) = (event["ts"].as_f64().expect("a time"), event["dur"].as_f64().expect("a duration"));
+        Slice { name: event["name"].as_str().expect("a name").into(), start, end: start + length }
+    };
+    own.map(slice).collect()
+}
+
+#[test]
+fn a_profile_shows_what_each_update_does_on_every_rank() {
+    let lab = Lab::new();
+    let path = lab.path("trace.json");
+    std::fs::write(&path, "of an earlier run").expect("a file");
+    let sets = ["training.max_steps=5", "training.save_interval=0", "training.per_gpu_batch_size=6"];
+    lab.train(2, "runs", &sets).args(["--profile".into(), path.clone()]).run().assert_success();
+
+    let text = std::fs::read_to_string(&path).expect("the trace");
+    let whole = format!("{}]", text.trim_end().trim_end_matches(','));
+    let events: Vec<serde_json::Value> = serde_json::from_str(&whole).expect("an array of events");
+    for rank in [0, 1] {
+        let slices = slices(&events, rank);
+        let updates: Vec<&Slice> = slices.iter().filter(|slice| slice.name == "update").collect();
+        assert_eq!(updates.len(), 5);
+        for update in updates {
+            let within = |name: &str| {
+                let parts = slices.iter().filter(|part| part.name == name);
+                parts.filter(|part| update.start <= part.start && part.end <= update.end + 1.0).count()
+            };
+            // 12 sequences a rank in micro-batches of 6.
+            let parts = ["data", "forward", "backward", "wait for communication", "optimizer"];
+            assert_eq!(parts.map(within), [1, 2, 2, 1, 1], "rank {rank}");
+        }
+        let reductions = events.iter().filter(|event| event["pid"] == rank && event["name"] == "ALLREDUCE").count();
+        assert!(reductions >= 5, "rank {rank} shows {reductions} reductions");
+    }
+}

@@ -3,7 +3,7 @@
 //! The format is the array form of Chrome's trace events: one event a line, no closing bracket, so that the file is whole
 //! at any moment, also after a crash. All ranks of a host append to one file, under a lock; a rank is a *process* of the
 //! trace, a tensor a *thread* of it. The slice of an operation holds those of its stations, one after the other; a rank was
-//! ready when its slice begins.
+//! ready when its slice begins. What the program itself marks ([`Timeline::slice`]) stands above, in rows of its own.
 //!
 //! Whoever drives the engine only puts a record into a bounded queue. A thread of its own writes; what finds the queue full
 //! is lost, which the file tells.
@@ -49,6 +49,7 @@ enum What {
     Submitted { name: String, operation: &'static str, detail: Value },
     Reached { name: String, phase: Phase },
     Round,
+    Slice { row: &'static str, name: &'static str, started: Instant },
     Lost(u64),
 }
 
@@ -86,6 +87,11 @@ impl Timeline {
         if let Some(writer) = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
             drop(writer.join());
         }
+    }
+
+    /// Records that the program did `name` from `started` until now, in its row `row`.
+    pub fn slice(&self, row: &'static str, name: &'static str, started: Instant) {
+        self.record(What::Slice { row, name, started });
     }
 
     fn record(&self, what: What) {
@@ -165,7 +171,9 @@ struct Writer {
     wire: String,
     /// The lanes of each tensor: more than one where the next operation of a name is submitted while one still runs.
     lanes: HashMap<String, Vec<Lane>>,
-    /// Lanes so far.
+    /// The numbers of the program's own rows.
+    rows: HashMap<&'static str, usize>,
+    /// Lanes and rows so far.
     count: usize,
     events: Vec<Value>,
     started: (Instant, SystemTime),
@@ -181,7 +189,8 @@ struct Lane {
 impl Writer {
     fn new(file: File, rank: usize, wire: String) -> Self {
         let started = (Instant::now(), SystemTime::now());
-        Writer { file, rank, wire, lanes: HashMap::new(), count: 0, events: Vec::new(), started }
+        let (lanes, rows) = Default::default();
+        Writer { file, rank, wire, lanes, rows, count: 0, events: Vec::new(), started }
     }
 
     fn write(mut self, queue: Receiver<Record>) {
@@ -202,6 +211,7 @@ impl Writer {
             What::Submitted { name, operation, detail } => self.begin(&name, ts, operation, detail),
             What::Reached { name, phase } => self.reach(&name, ts, phase),
             What::Round => self.instant(ts, "ROUND"),
+            What::Slice { row, name, started } => self.slice(row, name, self.microseconds(started), ts),
             What::Lost(count) => self.instant(ts, &format!("{count} RECORDS LOST")),
         }
     }
@@ -213,12 +223,11 @@ impl Writer {
         if free == lanes.len() {
             self.count += 1;
             lanes.push(Lane { number: self.count, at: None });
-            let (pid, tid) = (self.rank, self.count);
-            let args = json!({ "name": name });
-            self.events.push(json!({ "ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": args }));
+            self.describe(self.count, "thread_name", json!({ "name": name }));
         }
-        lanes[free].at = Some(Phase::Submitted);
-        let lane = lanes[free].number;
+        let Some(lane) = self.lanes.get_mut(name).and_then(|lanes| lanes.get_mut(free)) else { return };
+        lane.at = Some(Phase::Submitted);
+        let lane = lane.number;
         self.open(lane, ts, operation, detail);
         self.open(lane, ts, &format!("NEGOTIATE_{operation}"), json!({}));
     }
@@ -259,6 +268,25 @@ impl Writer {
         if let Err(error) = append(&mut self.file, std::mem::take(&mut self.events)) {
             tracing::warn!("the end of the timeline cannot be written: {error}");
         }
+    }
+
+    /// A slice of the program's own.
+    fn slice(&mut self, row: &'static str, name: &str, from: f64, until: f64) {
+        let known = self.rows.get(row).copied();
+        let tid = known.unwrap_or_else(|| {
+            self.count += 1;
+            self.rows.insert(row, self.count);
+            self.describe(self.count, "thread_name", json!({ "name": row }));
+            self.describe(self.count, "thread_sort_index", json!({ "sort_index": -1 })); // above all tensors
+            self.count
+        });
+        let (pid, dur) = (self.rank, until - from);
+        self.events.push(json!({ "ph": "X", "name": name, "pid": pid, "tid": tid, "ts": from, "dur": dur }));
+    }
+
+    /// Says something about a row.
+    fn describe(&mut self, row: usize, what: &str, args: Value) {
+        self.events.push(json!({ "ph": "M", "name": what, "pid": self.rank, "tid": row, "args": args }));
     }
 
     fn open(&mut self, lane: usize, ts: f64, name: &str, args: Value) {

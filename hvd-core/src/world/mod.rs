@@ -17,6 +17,7 @@ mod sparse;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use crate::config::Config;
 use crate::engine::observe::{Observer, Seat};
@@ -234,6 +235,14 @@ impl World {
         self.inner().observers.set(Seat::Timeline, None);
         if let Some(timeline) = self.inner().timeline.lock().unwrap_or_else(PoisonError::into_inner).take() {
             timeline.stop();
+        }
+    }
+
+    /// Marks in the timeline, if one is being written, that the program did `name` from `started` until now: a slice in
+    /// the row `row`, above those of the tensors. Slices of a row may hold each other, but not overlap otherwise.
+    pub fn mark_timeline(&self, row: &'static str, name: &'static str, started: Instant) {
+        if let Some(timeline) = &*self.inner().timeline.lock().unwrap_or_else(PoisonError::into_inner) {
+            timeline.slice(row, name, started);
         }
     }
 

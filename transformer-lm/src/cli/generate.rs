@@ -26,7 +26,7 @@ Examples:
 
 Exit codes: 0 success; 1 failure; 2 a mistake in flags or settings.";
 
-/// Lets a trained model continue a text
+/// Let a trained model continue a text
 #[derive(Parser, Debug)]
 #[command(name = "generate", version, after_help = EXAMPLES)]
 pub struct GenerateArgs {

@@ -106,6 +106,8 @@ pub struct TrainingSection {
     pub init_from: Option<PathBuf>,
     /// Trains on the first global batch again and again, to see whether a model can learn at all.
     pub overfit_one_batch: bool,
+    /// A file to write what each update's time goes to, for <https://ui.perfetto.dev>; null: none. It is made anew.
+    pub profile: Option<PathBuf>,
     /// Passes over the training part; ignored where `max_steps` is given.
     pub epochs: u64,
     /// Optimizer updates in all, or null: `epochs` decides.
@@ -177,6 +179,7 @@ impl Default for TrainingSection {
         TrainingSection {
             init_from: None,
             overfit_one_batch: false,
+            profile: None,
             epochs: 10,
             max_steps: None,
             per_gpu_batch_size: 16,

@@ -28,6 +28,7 @@ pub(super) const EXPECTED: &[(&str, &str)] = &[
     ("model.pad_token_id", "a token id (a whole number of at least 0 and less than model.vocab_size), or null"),
     ("training.init_from", PATH_OR_NULL),
     ("training.overfit_one_batch", SWITCH),
+    ("training.profile", PATH_OR_NULL),
     ("training.epochs", COUNT),
     ("training.max_steps", COUNT_OR_NULL),
     ("training.per_gpu_batch_size", COUNT),

@@ -29,10 +29,21 @@ impl TransformerLM {
     /// # Errors
     /// As [`TransformerLM::loss_sum`]; where torch fails.
     pub fn backward(&self, batch: &Tensor, how: &Backward) -> Result<LossSums> {
+        self.backward_watched(batch, how, || {})
+    }
+
+    /// As [`TransformerLM::backward`]; calls `forward_done` between the forward and the backward pass.
+    pub(crate) fn backward_watched(
+        &self,
+        batch: &Tensor,
+        how: &Backward,
+        forward_done: impl FnOnce(),
+    ) -> Result<LossSums> {
         let sums = match self.config().gradient_checkpointing {
-            true => self.backward_recomputing(batch, how)?,
+            true => self.backward_recomputing(batch, how, forward_done)?,
             false => {
                 let sums = self.cast(how, || self.batch_loss(batch, true, how.accuracy))?;
+                forward_done();
                 (&sums.loss * how.factor).f_backward()?;
                 sums
             }
@@ -40,7 +51,7 @@ impl TransformerLM {
         Ok(LossSums { loss: sums.loss.detach(), ..sums })
     }
 
-    fn backward_recomputing(&self, batch: &Tensor, how: &Backward) -> Result<LossSums> {
+    fn backward_recomputing(&self, batch: &Tensor, how: &Backward, forward_done: impl FnOnce()) -> Result<LossSums> {
         let (input_ids, targets) = shifted(batch)?;
         let dropout = DropoutSeed::draw(self.config().dropout);
         let embed = || {
@@ -66,6 +77,7 @@ impl TransformerLM {
             self.sums(&logits, &targets, true, how.accuracy)
         };
         let sums = self.cast(how, head)?;
+        forward_done();
         (&sums.loss * how.factor).f_backward()?;
 
         let mut gradient = x.f_grad()?;

@@ -9,6 +9,7 @@ use tch::{Device, Tensor, nn};
 use super::evaluation::{Precision, Sums};
 use super::guard::{Guard, Skip};
 use super::plan::BatchPlan;
+use super::profile;
 use crate::checkpoint::{self, ScalerState};
 use crate::config::{Config, HorovodCompression, WeightDecayOn};
 use crate::model::{Backward, ModelConfig, TransformerLM, copy_weights, read_weights};
@@ -122,6 +123,8 @@ impl Learner {
         let sums = own.over_ranks(&self.world, "train.sums")?;
         self.optimizer.synchronize()?;
         let waited = started.elapsed().as_secs_f64();
+        profile::mark(&self.world, profile::WAIT, started);
+        let started = Instant::now();
         let factor = self.nominal_tokens / (sums.tokens * self.scale());
         if factor != 1.0 {
             self.optimizer.scale_gradients(factor)?;
@@ -134,6 +137,7 @@ impl Learner {
         if skipped.is_none() {
             self.optimizer.step()?;
         }
+        profile::mark(&self.world, profile::OPTIMIZER, started);
         Ok(Update { sums, grad_norm, skipped, waited })
     }
 
@@ -169,7 +173,13 @@ impl Learner {
                 hvd_torch::reseed(&[seed, step, micro as u64, self.world.rank() as u64]);
             }
             let factor = self.scale() / self.nominal_tokens;
-            let part = self.model.backward(batch, &Backward { factor, accuracy, autocast: self.precision.autocast })?;
+            let how = Backward { factor, accuracy, autocast: self.precision.autocast };
+            let mut started = Instant::now();
+            let part = self.model.backward_watched(batch, &how, || {
+                profile::mark(&self.world, profile::FORWARD, started);
+                started = Instant::now();
+            })?;
+            profile::mark(&self.world, profile::BACKWARD, started);
             sums.tokens += part.tokens as f64;
             losses.push((part.loss, part.correct));
         }

@@ -6,6 +6,7 @@ mod guard;
 mod journal;
 mod learner;
 mod plan;
+mod profile;
 mod resume;
 mod schedule;
 mod setup;
@@ -217,6 +218,9 @@ impl<'a> Run<'a> {
     }
 
     fn train(mut self) -> Result<Summary> {
+        if let Some(path) = &self.config.training.profile {
+            profile::start(path, self.setup)?;
+        }
         if self.state.global_step > 0 {
             self.save(self.due_checkpoints())?; // what a kill prevented right after the checkpoint that we go on from
         }
@@ -236,7 +240,9 @@ impl<'a> Run<'a> {
         let logs = done == 0 || (done + 1).is_multiple_of(self.config.training.log_interval) || done + 1 == self.total;
         let started = Instant::now();
         let batches = self.batches.next().unwrap_or_else(|| Ok(Vec::new()))?;
+        profile::mark(&self.setup.world, profile::DATA, started);
         let update = self.learner.update(&batches, lr, done, logs)?;
+        profile::mark(&self.setup.world, profile::UPDATE, started);
         self.pace.add(update.sums.tokens, started.elapsed().as_secs_f64(), update.waited);
         self.advance(update.sums.mean_loss());
         let every = self.config.training.histogram_interval;
@@ -282,6 +288,7 @@ impl<'a> Run<'a> {
     fn validate(&mut self) -> Result<bool> {
         let started = Instant::now();
         let sums = self.evaluator.evaluate(&self.learner.model, &self.setup.world)?;
+        profile::mark(&self.setup.world, profile::VALIDATION, started);
         let best = self.state.best_val_loss.is_none_or(|best| sums.mean_loss() < best);
         if best {
             self.state.best_val_loss = Some(sums.mean_loss()).filter(|loss| loss.is_finite());
@@ -336,14 +343,19 @@ impl<'a> Run<'a> {
         if names.is_empty() {
             return Ok(());
         }
+        let started = Instant::now();
         let moments = self.learner.moments()?;
         if let Some(journal) = &mut self.journal {
             journal.save(&names, &self.state, &self.learner, &moments);
         }
+        profile::mark(&self.setup.world, profile::CHECKPOINT, started);
         Ok(())
     }
 
     fn finish(mut self) -> Result<Summary> {
+        if self.config.training.profile.is_some() {
+            self.setup.world.stop_timeline();
+        }
         let stopped_early = self.has_converged() && self.state.global_step < self.total;
         let CheckpointState { global_step, loss, best_val_loss, .. } = self.state;
         if let Some(journal) = &mut self.journal {
