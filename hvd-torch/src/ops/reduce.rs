@@ -35,15 +35,9 @@ pub fn allreduce_async(
 /// The reduction of the ranks' tensors, as a new tensor. A gradient goes through a sum and an average.
 pub fn allreduce(set: &ProcessSet, tensor: &Tensor, name: &str, options: impl Into<Allreduce>) -> Result<Tensor> {
     let options = options.into();
-    let wanted = gradient::wanted([tensor]);
-    if wanted {
-        gradient::check(name, options)?;
-    }
-    let result = allreduce_async(set, tensor, name, options)?.wait()?;
-    if wanted {
-        gradient::of_allreduce(set, name, options, tensor, &result)?;
-    }
-    Ok(result)
+    let reduce = || allreduce_async(set, tensor, name, options)?.wait();
+    let lead = |result: &Tensor| gradient::of_allreduce(set, name, options, tensor, result);
+    with_gradient([tensor], name, options, reduce, lead)
 }
 
 /// Starts reductions in place that are negotiated as one. Leave the tensors alone until they are done.
@@ -87,15 +81,9 @@ pub fn grouped_allreduce(
     options: impl Into<Allreduce>,
 ) -> Result<Vec<Tensor>> {
     let options = options.into();
-    let wanted = gradient::wanted(tensors.iter().copied());
-    if wanted {
-        gradient::check(name, options)?;
-    }
-    let results = grouped_allreduce_async(set, tensors, name, options)?.wait()?;
-    if wanted {
-        gradient::of_grouped_allreduce(set, name, options, tensors, &results)?;
-    }
-    Ok(results)
+    let reduce = || grouped_allreduce_async(set, tensors, name, options)?.wait();
+    let lead = |results: &Vec<Tensor>| gradient::of_grouped_allreduce(set, name, options, tensors, results);
+    with_gradient(tensors.iter().copied(), name, options, reduce, lead)
 }
 
 /// Starts a reduction of which each rank gets its share of the rows, as a new tensor.
@@ -112,15 +100,9 @@ pub fn reducescatter_async(
 /// one more. A gradient goes through a sum and an average.
 pub fn reducescatter(set: &ProcessSet, tensor: &Tensor, name: &str, options: impl Into<Allreduce>) -> Result<Tensor> {
     let options = options.into();
-    let wanted = gradient::wanted([tensor]);
-    if wanted {
-        gradient::check(name, options)?;
-    }
-    let result = reducescatter_async(set, tensor, name, options)?.wait()?;
-    if wanted {
-        gradient::of_reducescatter(set, name, options, tensor, &result)?;
-    }
-    Ok(result)
+    let reduce = || reducescatter_async(set, tensor, name, options)?.wait();
+    let lead = |result: &Tensor| gradient::of_reducescatter(set, name, options, tensor, result);
+    with_gradient([tensor], name, options, reduce, lead)
 }
 
 /// Starts reductions that are negotiated as one, of which each rank gets its share of the rows.
@@ -143,15 +125,26 @@ pub fn grouped_reducescatter(
     options: impl Into<Allreduce>,
 ) -> Result<Vec<Tensor>> {
     let options = options.into();
-    let wanted = gradient::wanted(tensors.iter().copied());
-    if wanted {
-        gradient::check(name, options)?;
+    let reduce = || grouped_reducescatter_async(set, tensors, name, options)?.wait();
+    let lead = |results: &Vec<Tensor>| gradient::of_grouped_reducescatter(set, name, options, tensors, results);
+    with_gradient(tensors.iter().copied(), name, options, reduce, lead)
+}
+
+/// A reduction's result. Where one of the tensors wants a gradient, `lead` has it go through the result, if the operation lets it.
+fn with_gradient<'a, R>(
+    tensors: impl IntoIterator<Item = &'a Tensor>,
+    name: &str,
+    options: Allreduce,
+    reduce: impl FnOnce() -> Result<R>,
+    lead: impl FnOnce(&R) -> Result<()>,
+) -> Result<R> {
+    if !gradient::wanted(tensors) {
+        return reduce();
     }
-    let results = grouped_reducescatter_async(set, tensors, name, options)?.wait()?;
-    if wanted {
-        gradient::of_grouped_reducescatter(set, name, options, tensors, &results)?;
-    }
-    Ok(results)
+    gradient::check(name, options)?;
+    let result = reduce()?;
+    lead(&result)?;
+    Ok(result)
 }
 
 /// The average of a number over all ranks, in f64.
