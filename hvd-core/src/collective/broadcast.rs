@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::{Collective, segments};
+use super::{Collective, retire, segments};
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::transport::{Request, Tag, Transport};
@@ -83,18 +83,6 @@ impl Broadcast {
         }
         Ok(moved)
     }
-}
-
-/// Forgets the oldest requests as far as they are complete. Gives their number.
-fn retire(requests: &mut VecDeque<Request>, transport: &mut dyn Transport) -> Result<usize> {
-    let before = requests.len();
-    while let Some(&oldest) = requests.front() {
-        if !transport.test(oldest)? {
-            break;
-        }
-        requests.pop_front();
-    }
-    Ok(before - requests.len())
 }
 
 /// Parent and children in the tree whose root is 0.

@@ -36,6 +36,7 @@ mod reducescatter;
 mod relay;
 mod ring;
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::error::Result;
@@ -104,6 +105,18 @@ fn settled(request: &mut Option<Request>, transport: &mut dyn Transport) -> Resu
         *request = None;
     }
     Ok(request.is_none())
+}
+
+/// Forgets the oldest requests as far as they are complete. Gives their number.
+fn retire(requests: &mut VecDeque<Request>, transport: &mut dyn Transport) -> Result<usize> {
+    let before = requests.len();
+    while let Some(&oldest) = requests.front() {
+        if !transport.test(oldest)? {
+            break;
+        }
+        requests.pop_front();
+    }
+    Ok(before - requests.len())
 }
 
 /// Cuts `range` into pieces of at most `segment_bytes`, each a whole number of elements. Nothing for an empty range.

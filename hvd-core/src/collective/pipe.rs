@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::segments;
+use super::{retire, segments};
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::transport::{Request, Tag, Transport};
@@ -44,13 +44,7 @@ impl Pipe {
 
     /// Goes on without waiting. Gives whether anything moved.
     pub fn poll(&mut self, transport: &mut dyn Transport) -> Result<bool> {
-        let mut moved = false;
-        while let Some(&oldest) = self.requests.front()
-            && transport.test(oldest)?
-        {
-            self.requests.pop_front();
-            moved = true;
-        }
+        let mut moved = retire(&mut self.requests, transport)? > 0;
         while self.requests.len() < WINDOW
             && let Some(segment) = self.segments.pop_front()
         {

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::Feed;
+use super::{Feed, retire};
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::reduce::{self, Reduction};
@@ -214,14 +214,8 @@ impl Relay {
     }
 
     fn retire(&mut self, transport: &mut dyn Transport) -> Result<bool> {
-        let before = self.retired;
-        while let Some(&oldest) = self.sends.front() {
-            if !transport.test(oldest)? {
-                break;
-            }
-            self.sends.pop_front();
-            self.retired += 1;
-        }
-        Ok(self.retired > before)
+        let retired = retire(&mut self.sends, transport)?;
+        self.retired += retired;
+        Ok(retired > 0)
     }
 }
