@@ -112,7 +112,7 @@ pub struct Config {
     /// How many agreements are remembered, so that a repeated tensor costs one bit. 0 switches the cache off.
     /// `HVD_CACHE_CAPACITY`; default 1024.
     pub cache_capacity: usize,
-    /// Large messages travel in pieces of this size. `HVD_SEGMENT_BYTES`; default 512 KiB.
+    /// Large messages travel in pieces of this size. `HVD_SEGMENT_BYTES`; default 256 KiB.
     pub segment_bytes: usize,
     /// Tensors up to this size are reduced by recursive doubling, larger ones in a ring. `HVD_DOUBLING_LIMIT_BYTES`;
     /// default 16 KiB.
@@ -184,7 +184,7 @@ impl Default for Config {
         Config {
             fusion_threshold_bytes: 128 << 20,
             cache_capacity: 1024,
-            segment_bytes: 512 << 10,
+            segment_bytes: 256 << 10,
             doubling_limit_bytes: 16 << 10,
             hierarchical_allreduce: true,
             shared_memory: true,
