@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AmpDtype {
-    /// Products in bfloat16, weights and sums in fp32.
+    /// Products in bfloat16, weights and sums in fp32. On a CPU without AVX-512 the products are in fp32 too: bfloat16 would be slower.
     Bf16,
     /// Products in fp16 with a loss scaler; CUDA only.
     Fp16,

@@ -100,7 +100,7 @@ fn time_micro_batch(
     run()?; // takes the memory that later ones use again
     let seconds = run()?;
     let flops = flops_per_token(shape) * (plan.micro * shape.max_seq_len) as f64;
-    let peak = measure_peak_flops(device, precision.autocast.unwrap_or(precision.weights));
+    let peak = measure_peak_flops(device, precision.of_products());
     Ok((seconds, flops / seconds / peak))
 }
 
@@ -108,7 +108,7 @@ fn time_micro_batch(
 /// which is not kept), or one with checkpointing; and the logits, in f32, with their gradient.
 fn activation_bytes(shape: &ModelConfig, micro: usize, precision: &Precision) -> usize {
     let tokens = micro * shape.max_seq_len;
-    let width = bytes_of(precision.autocast.unwrap_or(precision.weights));
+    let width = bytes_of(precision.of_products());
     let block = 17 * tokens * shape.d_model * width;
     let input = tokens * shape.d_model * bytes_of(precision.weights);
     let blocks = if shape.gradient_checkpointing { block + shape.n_layers * input } else { shape.n_layers * block };

@@ -184,7 +184,7 @@ impl<'a> Run<'a> {
 
     /// This rank's place and speed.
     fn describe_device(&self, device: Device) -> metrics::Device {
-        let kind = self.learner.precision.autocast.unwrap_or(self.learner.precision.weights);
+        let kind = self.learner.precision.of_products();
         let peak = self.config.training.peak_tflops.map(|tflops| 1e12 * tflops);
         metrics::Device {
             host: metrics::host(),
@@ -387,10 +387,11 @@ impl<'a> Run<'a> {
                 data.tokenizer.name()
             ),
             format!(
-                "ranks: {ranks} ({}), threads per rank: {threads}, device: {}, precision: {:?}",
+                "ranks: {ranks} ({}), threads per rank: {threads}, device: {}, precision: {:?}, products in {:?}",
                 self.setup.world.backend(),
                 device_name(device),
-                self.config.training.amp_dtype
+                self.config.training.amp_dtype,
+                self.learner.precision.of_products()
             ),
             format!(
                 "batch: {} sequences per update = {ranks} ranks x {} micro-batches x {} sequences",
