@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{Error, Result};
 
+mod benchmark;
 pub mod evaluate;
 pub mod generate;
 pub mod interchange;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use super::benchmark::BenchmarkArgs;
 use crate::Result;
 use crate::config::{Config, PathsSection};
 use crate::trainer::{Resume, forecast, launched_rank, run_distributed_training, setup_horovod};
@@ -19,6 +20,7 @@ Examples:
   train --config configs/demo.yaml --print-config                      every key with its value
   train --config configs/gpt2-124m.yaml --dry-run                      what it would take
   train --config configs/demo.yaml --set training.max_steps=20 --profile trace.json
+  train --benchmark --preset small --threads 2                         how fast an update is
 
 With Open MPI, mpirun wants --oversubscribe for more ranks than cores, and as root --allow-run-as-root.
 OMP_NUM_THREADS sets the threads of a rank; otherwise the ranks of a host share its cores.
@@ -64,6 +66,9 @@ pub struct TrainArgs {
     /// Writes what each update's time goes to on all ranks, about 5 kB for each, for https://ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
+
+    #[command(flatten)]
+    benchmark: BenchmarkArgs,
 }
 
 /// Runs `train`.
@@ -71,6 +76,9 @@ pub struct TrainArgs {
 /// # Errors
 /// Of [`Config::load`] and [`run_distributed_training`].
 pub fn run(args: TrainArgs) -> Result<()> {
+    if args.benchmark.is_asked() {
+        return args.benchmark.run();
+    }
     let mut config = Config::load(Some(&args.config), &args.overrides)?;
     if let Some(folder) = args.output_dir {
         config.paths = PathsSection { checkpoint_dir: folder, ..Default::default() };

@@ -1,5 +1,6 @@
 //! The training loop, from the first step to the last checkpoint.
 
+mod benchmark;
 mod evaluation;
 mod forecast;
 mod guard;
@@ -31,6 +32,7 @@ use crate::{Error, Result};
 use journal::{BEST, FINAL, Journal, Place};
 use speed::Pace;
 
+pub use benchmark::{Benchmark, Measured, Preset};
 pub use evaluation::{Evaluator, Precision, Sums};
 pub use forecast::{Forecast, forecast};
 pub use guard::{Guard, Skip};
