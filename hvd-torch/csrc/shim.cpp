@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -75,16 +76,24 @@ using BackwardCall = int (*)(void* context, Tensor* const* grads, size_t results
 struct CallbackNode final : torch::autograd::Node {
   BackwardCall call;
   HookDrop drop;
-  void* context;
+  void* context;  // null once a backward pass that does not retain the graph has come by
 
   CallbackNode(BackwardCall call, HookDrop drop, void* context) : call(call), drop(drop), context(context) {}
   CallbackNode(const CallbackNode&) = delete;
   CallbackNode& operator=(const CallbackNode&) = delete;
-  ~CallbackNode() override { drop(context); }
+  ~CallbackNode() override { release_variables(); }
 
   std::string name() const override { return "HvdBackward"; }
 
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (context) drop(context);
+    context = nullptr;
+  }
+
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(context, "a second backward pass through a graph that the first did not retain");
     // A result that nothing was computed from has no gradient: all ranks must take part with something.
     for (size_t i = 0; i < grads.size(); i++)
       if (!grads[i].defined()) grads[i] = input_metadata(i).zeros_like();
@@ -271,6 +280,8 @@ int hvd_autocast_enter(int cuda, int dtype, AutocastState* before) {
   });
 }
 
+int hvd_autocast_enabled(int cuda) { return at::autocast::is_autocast_enabled(device_type(cuda)); }
+
 int hvd_autocast_exit(int cuda, const AutocastState* before) {
   return guarded([&] {
     const auto device = device_type(cuda);
@@ -328,6 +339,13 @@ int hvd_fused_adamw(Tensor* const* params, Tensor* const* grads, Tensor* const* 
                       gather(exp_avg_sqs, count), {}, step, lr, beta1, beta2, weight_decay, eps,
                       /*amsgrad=*/false, /*maximize=*/false);
   });
+}
+
+// --- computing on several threads ---
+
+// Calls `call(context, begin, end)` for parts of 0..count that cover it, of at least `grain` each (but the last), on torch's threads.
+int hvd_parallel_for(int64_t count, int64_t grain, void (*call)(void* context, int64_t begin, int64_t end), void* context) {
+  return guarded([&] { at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { call(context, begin, end); }); });
 }
 
 // --- the process ---

@@ -35,6 +35,7 @@ mod autocast;
 mod broadcast;
 mod cuda;
 mod distributed;
+pub mod fused;
 mod global;
 pub mod nn;
 pub mod ops;

@@ -1,6 +1,7 @@
 //! Safe faces of the C++ shim (`csrc/shim.cpp`), which reaches what tch does not expose.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 
@@ -46,6 +47,7 @@ unsafe extern "C" {
     fn hvd_shim_set_error(message: *const c_char);
     fn hvd_backward(roots: List, grads: List, count: usize, retain_graph: c_int) -> c_int;
     fn hvd_autocast_enter(cuda: c_int, dtype: c_int, before: *mut AutocastState) -> c_int;
+    fn hvd_autocast_enabled(cuda: c_int) -> c_int;
     fn hvd_autocast_exit(cuda: c_int, before: *const AutocastState) -> c_int;
     fn hvd_foreach_zero(tensors: List, count: usize) -> c_int;
     fn hvd_foreach_mul(tensors: List, count: usize, factor: f64) -> c_int;
@@ -63,6 +65,12 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         eps: f64,
+    ) -> c_int;
+    fn hvd_parallel_for(
+        count: i64,
+        grain: i64,
+        call: extern "C" fn(*mut c_void, i64, i64),
+        context: *mut c_void,
     ) -> c_int;
     fn hvd_set_deterministic(on: c_int, warn_only: c_int) -> c_int;
     fn hvd_over_memory(
@@ -159,7 +167,7 @@ pub(crate) fn grad_set(leaf: &Tensor, grad: Option<&Tensor>) -> Result<()> {
 }
 
 /// Gets the gradients of a function's results and gives those of its inputs.
-pub(crate) type BackwardFn = Box<dyn Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync>;
+pub(crate) type BackwardFn = Box<dyn Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send>;
 
 extern "C" fn call_backward(
     context: *mut c_void,
@@ -168,7 +176,8 @@ extern "C" fn call_backward(
     input_grads: *mut *mut C_tensor,
     inputs: usize,
 ) -> c_int {
-    // SAFETY: `differentiate` made the context from a boxed `BackwardFn`, which lives until `drop_backward`.
+    // SAFETY: `differentiate` made the context from a boxed `BackwardFn`, which lives until `drop_backward`; the shim's lock lets one
+    // thread at a time come here.
     let backward = unsafe { &*context.cast::<BackwardFn>() };
     let run = || {
         // SAFETY: the shim gives `count` live tensors.
@@ -230,6 +239,12 @@ pub(crate) fn autocast_enter(cuda: bool, dtype: c_int) -> Result<AutocastState> 
     // SAFETY: a place to write to.
     check(unsafe { hvd_autocast_enter(cuda.into(), dtype, &mut before) })?;
     Ok(before)
+}
+
+/// Whether operations on the CPU (or CUDA) are cast, on this thread.
+pub(crate) fn autocast_enabled(cuda: bool) -> bool {
+    // SAFETY: a plain number.
+    unsafe { hvd_autocast_enabled(cuda.into()) != 0 }
 }
 
 pub(crate) fn autocast_exit(cuda: bool, before: &AutocastState) -> Result<()> {
@@ -323,6 +338,18 @@ impl AdamWLists {
             )
         })
     }
+}
+
+/// Runs `body` for ranges that cover `0..count`, of at least `grain` each (but the last), on torch's threads.
+pub(crate) fn parallel_for(count: usize, grain: usize, body: &(dyn Fn(Range<usize>) + Sync)) -> Result<()> {
+    extern "C" fn call(context: *mut c_void, begin: i64, end: i64) {
+        // SAFETY: the context is the reference below, which outlives the call.
+        let body = unsafe { *context.cast::<&(dyn Fn(Range<usize>) + Sync)>() };
+        body(begin as usize..end as usize);
+    }
+    let context = (&raw const body).cast_mut().cast();
+    // SAFETY: `body` may be called from several threads at once, and has returned everywhere when this does.
+    check(unsafe { hvd_parallel_for(count as i64, grain as i64, call, context) })
 }
 
 pub(crate) fn set_deterministic(on: bool, warn_only: bool) -> Result<()> {

@@ -1,10 +1,12 @@
-//! Element types, and the loops over them: [`reduce`] combines elements, [`wire`] converts and scales them.
+//! Element types, and the loops over them: [`reduce`] combines elements, [`wire`] converts and scales them, [`neural`] does what of a
+//! network is no matrix product.
 //!
 //! A package of its own so that a debug build can optimise these loops without optimising the runtime around them. Users
 //! see it through `hvd_core`, which re-exports its modules.
 #![deny(missing_docs)]
 
 pub mod dtype;
+pub mod neural;
 pub mod reduce;
 pub mod wire;
 

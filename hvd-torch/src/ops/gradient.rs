@@ -120,7 +120,7 @@ pub(super) fn of_alltoall(
 fn attach(
     input: &Tensor,
     output: &Tensor,
-    backward: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+    backward: impl Fn(&Tensor) -> Result<Tensor> + Send + 'static,
 ) -> Result<()> {
     let backward: BackwardFn = Box::new(move |grads| Ok(vec![backward(&grads[0])?]));
     differentiate(&[input], std::slice::from_ref(output), backward)

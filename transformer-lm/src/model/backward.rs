@@ -60,7 +60,7 @@ impl TransformerLM {
         };
         let block = |layer: usize, x: &Tensor| {
             dropout.set(layer as u64 + 1);
-            self.cast(how, || Ok(self.blocks[layer].forward(x.shallow_clone(), &Attend::Causal, None, true)))
+            self.cast(how, || self.blocks[layer].forward(x.shallow_clone(), &Attend::Causal, None, true))
         };
 
         let mut inputs = vec![tch::no_grad(embed)?]; // of each block, and of the head: (B, T, D)
@@ -72,10 +72,7 @@ impl TransformerLM {
         // hook counts them: what the head adds is collected apart.
         let x = leaf(&inputs[self.blocks.len()]);
         let wte = leaf(&self.wte);
-        let head = || {
-            let logits = self.ln_f.forward(&x).linear::<Tensor>(&wte, None); // (B, T, vocabulary)
-            self.sums(&logits, &targets, true, how.accuracy)
-        };
+        let head = || self.head_sums(&self.ln_f.forward(&x), &wte, &targets, true, how.accuracy);
         let sums = self.cast(how, head)?;
         forward_done();
         (&sums.loss * how.factor).f_backward()?;

@@ -3,11 +3,13 @@
 //! Letters in shape comments: `B` sequences, `T` tokens given, `S` tokens seen (with those in the cache), `D` width,
 //! `H` heads, `hs` width of a head, `F` feed-forward width.
 
+use hvd_torch::fused;
 use tch::{Tensor, nn};
 
 use super::cache::LayerCache;
 use super::init::Init;
 use super::{ModelConfig, STD};
+use crate::Result;
 
 /// A dense layer `x·Wᵀ + b`. The weight is stored (out, in), as torch's Linear does; GPT-2's own files hold (in, out).
 #[derive(Debug)]
@@ -84,9 +86,19 @@ impl Attention {
         }
     }
 
-    fn forward(&self, x: &Tensor, attend: &Attend, cache: Option<&mut LayerCache>, train: bool) -> Tensor {
-        let (b, t, d) = (x.size()[0], x.size()[1], x.size()[2]);
+    fn forward(&self, x: &Tensor, attend: &Attend, cache: Option<&mut LayerCache>, train: bool) -> Result<Tensor> {
         let qkv = self.c_attn.forward(x); // (B, T, 3D)
+        let drops = train && self.dropout > 0.0;
+        let y = match (attend, &cache) {
+            (Attend::Causal, None) if !drops => fused::causal_attention(&qkv, self.heads as usize)?,
+            _ => self.gather(&qkv, attend, cache, train),
+        };
+        Ok(dropout(self.c_proj.forward(&y), self.dropout, train)) // (B, T, D)
+    }
+
+    /// What each position gathers from those that it sees: (B, T, 3D) to (B, T, D).
+    fn gather(&self, qkv: &Tensor, attend: &Attend, cache: Option<&mut LayerCache>, train: bool) -> Tensor {
+        let (b, t, d) = (qkv.size()[0], qkv.size()[1], qkv.size()[2] / 3);
         let split: Vec<Tensor> = qkv
             .split(d, 2) // three of (B, T, D)
             .iter()
@@ -97,8 +109,7 @@ impl Attention {
             None => (split[1].shallow_clone(), split[2].shallow_clone()),
         };
         let y = self.attend(&split[0], &k, &v, attend, train); // (B, H, T, hs)
-        let y = y.transpose(1, 2).reshape([b, t, d]); // (B, T, D)
-        dropout(self.c_proj.forward(&y), self.dropout, train)
+        y.transpose(1, 2).reshape([b, t, d])
     }
 
     fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, attend: &Attend, train: bool) -> Tensor {
@@ -129,9 +140,9 @@ impl Mlp {
         }
     }
 
-    fn forward(&self, x: &Tensor, train: bool) -> Tensor {
-        let hidden = self.c_fc.forward(x).gelu("tanh"); // (B, T, F)
-        dropout(self.c_proj.forward(&hidden), self.dropout, train) // (B, T, D)
+    fn forward(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+        let hidden = fused::gelu(&self.c_fc.forward(x))?; // (B, T, F)
+        Ok(dropout(self.c_proj.forward(&hidden), self.dropout, train)) // (B, T, D)
     }
 }
 
@@ -155,9 +166,15 @@ impl Block {
     }
 
     /// (B, T, D) to (B, T, D).
-    pub(super) fn forward(&self, x: Tensor, attend: &Attend, cache: Option<&mut LayerCache>, train: bool) -> Tensor {
-        let x = &x + self.attn.forward(&self.ln_1.forward(&x), attend, cache, train);
-        &x + self.mlp.forward(&self.ln_2.forward(&x), train)
+    pub(super) fn forward(
+        &self,
+        x: Tensor,
+        attend: &Attend,
+        cache: Option<&mut LayerCache>,
+        train: bool,
+    ) -> Result<Tensor> {
+        let x = &x + self.attn.forward(&self.ln_1.forward(&x), attend, cache, train)?;
+        Ok(&x + self.mlp.forward(&self.ln_2.forward(&x), train)?)
     }
 }
 

@@ -1,5 +1,6 @@
 //! The loss: cross-entropy in nats, always in f32 or wider.
 
+use hvd_torch::fused::{HeadLoss, HeadOptions, linear_cross_entropy};
 use tch::{Kind, Reduction, Tensor};
 
 use super::{TransformerLM, token_shape};
@@ -48,8 +49,38 @@ impl TransformerLM {
             let (ids, targets) = (input_ids.size(), targets.size());
             return Err(Error::Config(format!("targets of {targets:?} for token ids of {ids:?}; expected the same")));
         }
-        let logits = self.logits(&self.hidden(input_ids, attention_mask, train)?); // (B, T, vocabulary)
-        self.sums(&logits, targets, train, accuracy)
+        let hidden = self.hidden(input_ids, attention_mask, train)?; // (B, T, D)
+        self.head_sums(&hidden, &self.wte, targets, train, accuracy)
+    }
+
+    /// Hidden states (B, T, D) against targets (B, T), by a head of weights (vocabulary, D); smoothed in training.
+    pub(super) fn head_sums(
+        &self,
+        hidden: &Tensor,
+        wte: &Tensor,
+        targets: &Tensor,
+        train: bool,
+        accuracy: bool,
+    ) -> Result<LossSums> {
+        let smoothing = if train { self.config().label_smoothing } else { 0.0 };
+        let options = HeadOptions { smoothing, ignore_index: IGNORE_INDEX, count_correct: accuracy };
+        let (rows, targets) = (hidden.reshape([-1, self.config().d_model as i64]), targets.reshape([-1])); // (B·T, D), (B·T)
+        self.check_targets(&targets)?;
+        match linear_cross_entropy(&rows, wte, &targets, options)? {
+            Some(HeadLoss { loss, correct }) => {
+                Ok(LossSums { loss, tokens: valid(&targets), correct: correct.map(Tensor::from) })
+            }
+            None => self.sums(&rows.linear::<Tensor>(wte, None), &targets, train, accuracy),
+        }
+    }
+
+    fn check_targets(&self, targets: &Tensor) -> Result<()> {
+        let vocabulary = self.config().vocab_size as i64;
+        let bad = targets.ne(IGNORE_INDEX).logical_and(&targets.lt(0).logical_or(&targets.ge(vocabulary)));
+        match bad.any().int64_value(&[]) {
+            0 => Ok(()),
+            _ => Err(self.bad_ids(targets)),
+        }
     }
 
     /// The mean loss of logits (B, T, vocabulary) against labels (B, T) that are shifted here; 0 if none is valid.
@@ -72,10 +103,15 @@ impl TransformerLM {
         let loss = logits
             .f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, IGNORE_INDEX, smoothing)
             .map_err(|_| self.bad_ids(&targets))?;
-        let tokens = targets.ne(IGNORE_INDEX).sum(Kind::Int64).int64_value(&[]);
+        let tokens = valid(&targets);
         let correct = accuracy.then(|| tch::no_grad(|| logits.argmax(1, false).eq_tensor(&targets).sum(Kind::Int64)));
         Ok(LossSums { loss, tokens, correct })
     }
+}
+
+/// How many targets count.
+fn valid(targets: &Tensor) -> i64 {
+    targets.ne(IGNORE_INDEX).sum(Kind::Int64).int64_value(&[])
 }
 
 /// The input (B, T) and the targets (B, T) of a loader's batch (B, T+1).

@@ -151,7 +151,7 @@ impl TransformerLM {
             None => Attend::Causal,
             Some(mask) => Attend::Masked(combined_mask(input_ids, mask)?),
         };
-        let x = self.blocks.iter().fold(x, |x, block| block.forward(x, &attend, None, train));
+        let x = self.blocks.iter().try_fold(x, |x, block| block.forward(x, &attend, None, train))?;
         Ok(self.ln_f.forward(&x))
     }
 
@@ -174,7 +174,7 @@ impl TransformerLM {
             _ => Attend::Masked(causal_mask(added, past + added, x.device())),
         };
         for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
-            x = block.forward(x, &attend, Some(layer), false);
+            x = block.forward(x, &attend, Some(layer), false)?;
         }
         Ok(self.ln_f.forward(&x))
     }

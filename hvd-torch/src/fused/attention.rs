@@ -1,0 +1,186 @@
+//! Causal attention that reads queries, keys and values where they lie, computes no score of a key that is not seen (but within a
+//! block), and keeps no weights: the backward pass computes them again from each row's sum (Dao et al., 2022, FlashAttention).
+
+use hvd_kernels::neural;
+use tch::{Kind, Tensor};
+
+use super::is_served;
+use super::span::{Matrix, Span};
+use crate::error::{Error, Result};
+use crate::shim::{differentiate, parallel_for};
+
+/// Queries whose scores are computed at a time.
+const BLOCK: usize = 64;
+
+/// Attention of `heads` heads in which each position sees itself and those before it: of the queries, keys and values beside each
+/// other, (B, T, 3·D), the values that each position gathers, (B, T, D).
+///
+/// # Errors
+/// If the shape is another; if torch fails.
+pub fn causal_attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
+    let shape = Shape::of(qkv, heads)?;
+    if !is_served(qkv) {
+        return torch_attention(qkv, &shape);
+    }
+    let qkv_values = qkv.detach();
+    let (b, t, d, h) = (shape.b as i64, shape.t as i64, shape.d as i64, heads as i64);
+    let out = Tensor::f_empty([b, t, d], (Kind::Float, qkv.device()))?;
+    let log_sums = Tensor::f_empty([b, h, t], (Kind::Float, qkv.device()))?;
+    shape.forward(&qkv_values, &out, &log_sums)?;
+    // What backward keeps must not hold the result's node, which holds it.
+    let out_values = out.detach();
+    let out = [out];
+    let backward = move |grads: &[Tensor]| Ok(vec![shape.backward(&qkv_values, &out_values, &log_sums, &grads[0])?]);
+    differentiate(&[qkv], &out, Box::new(backward))?;
+    let [out] = out;
+    Ok(out)
+}
+
+/// The same with torch's function.
+fn torch_attention(qkv: &Tensor, shape: &Shape) -> Result<Tensor> {
+    let Shape { b, t, d, heads, .. } = *shape;
+    let size = [b as i64, t as i64, heads as i64, (d / heads) as i64];
+    let parts = qkv.f_split(d as i64, 2)?;
+    let part = |at: usize| parts[at].f_reshape(size)?.f_transpose(1, 2); // (B, H, T, hs)
+    let y = Tensor::f_scaled_dot_product_attention::<Tensor>(
+        &part(0)?,
+        &part(1)?,
+        &part(2)?,
+        None,
+        0.0,
+        true,
+        None,
+        false,
+    )?;
+    Ok(y.f_transpose(1, 2)?.f_reshape([b as i64, t as i64, d as i64])?)
+}
+
+#[derive(Clone, Copy)]
+struct Shape {
+    /// Sequences.
+    b: usize,
+    /// Positions of a sequence.
+    t: usize,
+    /// Width of the result.
+    d: usize,
+    heads: usize,
+}
+
+/// One head of one sequence.
+struct Head {
+    /// Its first query's place in (B, T, 3·D), and in (B, T, D).
+    qkv: usize,
+    out: usize,
+    /// Its first row's place in (B, H, T).
+    row: usize,
+}
+
+impl Shape {
+    fn of(qkv: &Tensor, heads: usize) -> Result<Shape> {
+        let size = qkv.size();
+        let wrong = || {
+            Error::invalid(format!(
+                "queries, keys and values of {size:?}; expected (B, T, 3·D), D a multiple of {heads}"
+            ))
+        };
+        let &[b, t, width] = &size[..] else { return Err(wrong()) };
+        let (b, t, d) = (b as usize, t as usize, width as usize / 3);
+        match heads > 0 && b * t * d > 0 && 3 * d == width as usize && d.is_multiple_of(heads) {
+            true => Ok(Shape { b, t, d, heads }),
+            false => Err(wrong()),
+        }
+    }
+
+    fn width(&self) -> usize {
+        self.d / self.heads
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.width() as f32).sqrt()
+    }
+
+    fn head(&self, index: usize) -> Head {
+        let (sequence, head) = (index / self.heads, index % self.heads);
+        let out = sequence * self.t * self.d + head * self.width();
+        Head { qkv: sequence * self.t * 3 * self.d + head * self.width(), out, row: index * self.t }
+    }
+
+    /// Rows `from..to` of the queries (0), keys (1) or values (2) of a head.
+    fn part(&self, qkv: &Span, head: &Head, which: usize, from: usize, to: usize) -> Matrix {
+        let stride = 3 * self.d;
+        qkv.matrix(head.qkv + which * self.d + from * stride, to - from, self.width(), stride)
+    }
+
+    /// Rows `from..to` of the results of a head.
+    fn result(&self, out: &Span, head: &Head, from: usize, to: usize) -> Matrix {
+        out.matrix(head.out + from * self.d, to - from, self.width(), self.d)
+    }
+
+    fn forward(&self, qkv: &Tensor, out: &Tensor, log_sums: &Tensor) -> Result<()> {
+        let (qkv, out, log_sums) = (Span::of(qkv), Span::of(out), Span::of(log_sums));
+        parallel_for(self.b * self.heads, 1, &|range| {
+            let mut scores = vec![0.0; BLOCK.min(self.t) * self.t];
+            for head in range.map(|index| self.head(index)) {
+                for from in (0..self.t).step_by(BLOCK) {
+                    let to = self.t.min(from + BLOCK);
+                    let block = &mut scores[..(to - from) * to];
+                    let weights = Matrix::of(block, to);
+                    // SAFETY: `qkv` is only read; a head's results and sums are written by one thread, as is its own block. The matrix is
+                    // not used while the slice is.
+                    unsafe {
+                        let (q, k) = (self.part(&qkv, &head, 0, from, to), self.part(&qkv, &head, 1, 0, to));
+                        weights.product(self.scale(), q, k.t(), 0.0);
+                        let sums = log_sums.write(head.row + from..head.row + to);
+                        neural::causal_softmax(block, to, from, sums);
+                        let weights = Matrix::of(block, to);
+                        self.result(&out, &head, from, to).product(1.0, weights, self.part(&qkv, &head, 2, 0, to), 0.0);
+                    }
+                }
+            }
+        })
+    }
+
+    fn backward(&self, qkv: &Tensor, out: &Tensor, log_sums: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        let grad = grad.f_contiguous()?;
+        let result = qkv.f_empty_like()?;
+        let dots = self.dots(out, &grad)?; // (B, H, T)
+        let (given, grad) = (Span::of(qkv), Span::of(&grad));
+        let (into, log_sums, dots) = (Span::of(&result), Span::of(log_sums), Span::of(&dots));
+        parallel_for(self.b * self.heads, 1, &|range| {
+            let room = BLOCK.min(self.t) * self.t;
+            let (mut weights, mut grads) = (vec![0.0; room], vec![0.0; room]);
+            for head in range.map(|index| self.head(index)) {
+                // The last block first: it sees all keys, whose gradients it thereby begins.
+                for from in (0..self.t).step_by(BLOCK).rev() {
+                    let to = self.t.min(from + BLOCK);
+                    let (block, block_grads) = (&mut weights[..(to - from) * to], &mut grads[..(to - from) * to]);
+                    let kept = if to == self.t { 0.0 } else { 1.0 };
+                    // SAFETY: as in `forward`; a head's gradients are written by one thread.
+                    unsafe {
+                        let part = |which, from| self.part(&given, &head, which, from, to);
+                        let grad_of = |which, from| self.part(&into, &head, which, from, to);
+                        let (q, k, v) = (part(0, from), part(1, 0), part(2, 0));
+                        let outside = self.result(&grad, &head, from, to);
+                        let rows = head.row + from..head.row + to;
+                        Matrix::of(block, to).product(self.scale(), q, k.t(), 0.0);
+                        neural::causal_weights(block, to, from, log_sums.read(rows.clone()));
+                        grad_of(2, 0).product(1.0, Matrix::of(block, to).t(), outside, kept);
+                        Matrix::of(block_grads, to).product(1.0, outside, v.t(), 0.0);
+                        neural::causal_softmax_backward(block, block_grads, to, from, dots.read(rows), self.scale());
+                        let scores = Matrix::of(block_grads, to);
+                        grad_of(0, from).product(1.0, scores, k, 0.0);
+                        grad_of(1, 0).product(1.0, scores.t(), q, kept);
+                    }
+                }
+            }
+        })?;
+        Ok(result)
+    }
+
+    /// Each row's product of result and gradient, (B, H, T), which is also that of its weights and their gradients.
+    fn dots(&self, out: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        let size = [self.b as i64, self.t as i64, self.heads as i64, self.width() as i64];
+        let dots = out.f_mul(grad)?.f_view(&size[..])?.f_sum_dim_intlist(-1, false, Kind::Float)?; // (B, T, H)
+        Ok(dots.f_transpose(1, 2)?.f_contiguous()?)
+    }
+}

@@ -1,0 +1,156 @@
+//! The loss of a language model's head, without its logits: some rows' logits at a time become a loss and the gradients of the hidden
+//! states and of the weights, and are forgotten (Hsu et al., 2024, Liger kernel).
+
+use hvd_kernels::neural::{self, Loss, Target};
+use tch::{Kind, Tensor};
+
+use super::is_served;
+use super::span::Span;
+use crate::error::{Error, Result};
+use crate::shim::{autocast_enabled, differentiate, grad_enabled, parallel_for};
+
+/// The most elements of the logits that exist at a time: 128 MiB. With fewer rows the gradient of the weights, which every piece is
+/// added to, would take more time to read and write than to compute.
+const LOGITS: usize = 32 << 20;
+
+/// What the loss is of.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadOptions {
+    /// Share of a target's probability that is spread over the whole vocabulary.
+    pub smoothing: f64,
+    /// A target that is left out.
+    pub ignore_index: i64,
+    /// Asks for [`HeadLoss::correct`].
+    pub count_correct: bool,
+}
+
+/// What [`linear_cross_entropy`] gives.
+#[derive(Debug)]
+pub struct HeadLoss {
+    /// The sum of the rows' losses in nats, a scalar.
+    pub loss: Tensor,
+    /// How many rows find their target likeliest, if it was asked for.
+    pub correct: Option<i64>,
+}
+
+/// The summed cross-entropy of `hidden · weightᵀ`, (N, D) by (vocabulary, D), against `targets` (N), int64. None where it is not served:
+/// for other types and devices, and under autocast.
+///
+/// # Errors
+/// A target that is not in the vocabulary, shapes that do not fit; if torch fails.
+pub fn linear_cross_entropy(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &Tensor,
+    options: HeadOptions,
+) -> Result<Option<HeadLoss>> {
+    if !is_served(hidden) || !is_served(weight) || autocast_enabled(false) {
+        return Ok(None);
+    }
+    let &[vocabulary, width] = &weight.size()[..] else { return Err(misfit(hidden, weight, targets)) };
+    let rows = hidden.size()[0];
+    if hidden.size() != [rows, width] || targets.size() != [rows] || targets.kind() != Kind::Int64 {
+        return Err(misfit(hidden, weight, targets));
+    }
+    let targets = read_targets(targets, vocabulary, options.ignore_index)?;
+    let wanted = grad_enabled() && (hidden.requires_grad() || weight.requires_grad());
+    let pieces = targets.len().div_ceil((LOGITS / vocabulary as usize).max(1));
+    let rows = targets.len().div_ceil(pieces);
+    let mut head = Head::new(hidden.detach(), weight.detach(), rows, options, wanted)?;
+    for (index, targets) in targets.chunks(rows).enumerate() {
+        head.add((index * rows) as i64, targets)?;
+    }
+    let loss = head.losses.f_sum(Kind::Double)?.to_kind(Kind::Float);
+    if let Some(gradients) = head.gradients {
+        let backward = move |grads: &[Tensor]| {
+            let factor = grads[0].double_value(&[]);
+            gradients.iter().map(|gradient| Ok(gradient.f_mul_scalar(factor)?)).collect()
+        };
+        differentiate(&[hidden, weight], std::slice::from_ref(&loss), Box::new(backward))?;
+    }
+    Ok(Some(HeadLoss { loss, correct: options.count_correct.then_some(head.correct) }))
+}
+
+fn misfit(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Error {
+    Error::invalid(format!("{hidden:?} against {targets:?} does not fit a head of {weight:?}"))
+}
+
+fn read_targets(targets: &Tensor, vocabulary: i64, ignore_index: i64) -> Result<Vec<Target>> {
+    let read = |target: i64| match target {
+        target if target == ignore_index => Ok(None),
+        target if (0..vocabulary).contains(&target) => Ok(Some(target as usize)),
+        other => Err(Error::invalid(format!("the target {other} is not in a vocabulary of {vocabulary}"))),
+    };
+    Vec::<i64>::try_from(targets)?.into_iter().map(read).collect()
+}
+
+/// The rows that have been seen so far.
+struct Head {
+    /// (N, D)
+    hidden: Tensor,
+    /// (vocabulary, D)
+    weight: Tensor,
+    options: HeadOptions,
+    /// Room for some rows' logits.
+    logits: Tensor,
+    /// Each row's, (N).
+    losses: Tensor,
+    correct: i64,
+    /// Those of `hidden` and `weight`, where they are wanted.
+    gradients: Option<[Tensor; 2]>,
+}
+
+impl Head {
+    fn new(hidden: Tensor, weight: Tensor, rows: usize, options: HeadOptions, wanted: bool) -> Result<Head> {
+        let floats = (Kind::Float, hidden.device());
+        let logits = Tensor::f_empty([rows as i64, weight.size()[0]], floats)?;
+        let losses = Tensor::f_zeros([hidden.size()[0]], floats)?;
+        let gradients = if wanted { Some([hidden.f_empty_like()?, weight.f_empty_like()?]) } else { None };
+        Ok(Head { hidden, weight, options, logits, losses, correct: 0, gradients })
+    }
+
+    /// Adds the rows from `start` on.
+    fn add(&mut self, start: i64, targets: &[Target]) -> Result<()> {
+        let rows = targets.len() as i64;
+        let hidden = self.hidden.f_narrow(0, start, rows)?;
+        let logits = self.logits.f_narrow(0, 0, rows)?; // (rows, vocabulary)
+        product(&logits, &hidden, &self.weight.f_tr()?)?;
+        if self.options.count_correct {
+            self.correct += count_correct(&logits, targets)?;
+        }
+        self.judge(&logits, start as usize, targets)?;
+        let Some([of_hidden, of_weight]) = &mut self.gradients else { return Ok(()) };
+        product(&of_hidden.f_narrow(0, start, rows)?, &logits, &self.weight)?;
+        match start {
+            0 => product(of_weight, &logits.f_tr()?, &hidden)?,
+            _ => drop(of_weight.f_addmm_(&logits.f_tr()?, &hidden)?),
+        }
+        Ok(())
+    }
+
+    /// The losses of some rows, and the gradients of their logits in place of these.
+    fn judge(&self, logits: &Tensor, start: usize, targets: &[Target]) -> Result<()> {
+        let loss = Loss { smoothing: self.options.smoothing as f32, gradient: self.gradients.is_some() };
+        let (columns, logits, losses) = (logits.size()[1] as usize, Span::of(logits), Span::of(&self.losses));
+        parallel_for(targets.len(), 1, &|range| {
+            // SAFETY: a row and its loss are written by one thread.
+            let (logits, losses) = unsafe {
+                let losses = losses.write(start + range.start..start + range.end);
+                (logits.write(range.start * columns..range.end * columns), losses)
+            };
+            neural::cross_entropy(logits, columns, &targets[range], loss, losses);
+        })
+    }
+}
+
+fn count_correct(logits: &Tensor, targets: &[Target]) -> Result<i64> {
+    let likeliest = Vec::<i64>::try_from(logits.f_argmax(1, false)?)?;
+    Ok(likeliest.iter().zip(targets).filter(|(found, target)| target.is_some_and(|t| t as i64 == **found)).count()
+        as i64)
+}
+
+/// `out = a · b`
+fn product(out: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+    tch::no_grad(|| a.f_mm_out(out, b).map(drop))?;
+    Ok(())
+}

@@ -1,0 +1,130 @@
+//! The elements of tensors, for loops that run on several threads, and products of parts of them.
+
+use std::ffi::c_char;
+use std::ops::Range;
+
+use tch::Tensor;
+
+use super::is_served;
+
+/// The elements of a contiguous f32 tensor, which lives as long as this does.
+pub(super) struct Span {
+    data: *mut f32,
+    len: usize,
+    _tensor: Tensor,
+}
+
+// SAFETY: several threads may read at once; whoever writes says that nobody else uses the same elements.
+unsafe impl Sync for Span {}
+
+impl Span {
+    /// # Panics
+    /// If the tensor is not one that [`is_served`].
+    pub(super) fn of(tensor: &Tensor) -> Span {
+        assert!(is_served(tensor));
+        Span { data: tensor.data_ptr().cast(), len: tensor.numel(), _tensor: tensor.shallow_clone() }
+    }
+
+    /// Some of the elements.
+    ///
+    /// # Safety
+    /// Nobody writes to them while the slice lives.
+    pub(super) unsafe fn read(&self, range: Range<usize>) -> &[f32] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: within the tensor's elements; the rest is the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.data.add(range.start), range.len()) }
+    }
+
+    /// Some of the elements, to write to.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes them while the slice lives.
+    #[allow(clippy::mut_from_ref)] // the threads of a loop share the span and write to parts of their own
+    pub(super) unsafe fn write(&self, range: Range<usize>) -> &mut [f32] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+
+    /// A matrix of `rows` × `columns` from element `start` on, whose rows begin `stride` elements apart.
+    pub(super) fn matrix(&self, start: usize, rows: usize, columns: usize, stride: usize) -> Matrix {
+        assert!(rows > 0 && columns > 0 && columns <= stride && start + (rows - 1) * stride + columns <= self.len);
+        // SAFETY: within the tensor's elements, as was just checked.
+        Matrix { data: unsafe { self.data.add(start) }, rows, columns, stride, transposed: false }
+    }
+}
+
+/// A matrix that lies row by row in somebody's memory.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix {
+    data: *mut f32,
+    rows: usize,
+    columns: usize,
+    stride: usize,
+    transposed: bool,
+}
+
+impl Matrix {
+    /// Of a slice, `columns` wide.
+    pub(super) fn of(slice: &mut [f32], columns: usize) -> Matrix {
+        let (data, rows) = (slice.as_mut_ptr(), slice.len() / columns);
+        Matrix { data, rows, columns, stride: columns, transposed: false }
+    }
+
+    /// The matrix with rows and columns exchanged.
+    pub(super) fn t(self) -> Matrix {
+        Matrix { rows: self.columns, columns: self.rows, transposed: !self.transposed, ..self }
+    }
+
+    /// `self = factor · a · b + kept · self`.
+    ///
+    /// # Safety
+    /// The memory of the three is alive; nobody writes to that of `a` and `b`, and nobody else uses that of `self`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit, or `self` is transposed.
+    pub(super) unsafe fn product(self, factor: f32, a: Matrix, b: Matrix, kept: f32) {
+        assert!(!self.transposed && (self.rows, self.columns) == (a.rows, b.columns) && a.columns == b.rows);
+        let fits = |n: usize| i32::try_from(n).expect("a matrix has fewer than 2^31 rows and columns");
+        let form = |matrix: Matrix| if matrix.transposed { c"T" } else { c"N" }.as_ptr();
+        // BLAS thinks in columns: what lies row by row it takes for the transposed matrix, and (a·b)ᵀ is bᵀ·aᵀ.
+        // SAFETY: the shapes fit each other, and were found to fit their memory when they were made.
+        unsafe {
+            sgemm_(
+                form(b),
+                form(a),
+                &fits(self.columns),
+                &fits(self.rows),
+                &fits(a.columns),
+                &factor,
+                b.data,
+                &fits(b.stride),
+                a.data,
+                &fits(a.stride),
+                &kept,
+                self.data,
+                &fits(self.stride),
+            );
+        }
+    }
+}
+
+unsafe extern "C" {
+    /// The BLAS routine, which libtorch has from MKL: `c = alpha · op(a) · op(b) + beta · c`, column by column. Within a parallel loop of
+    /// torch's it runs on the calling thread alone.
+    fn sgemm_(
+        transa: *const c_char,
+        transb: *const c_char,
+        m: *const i32,
+        n: *const i32,
+        k: *const i32,
+        alpha: *const f32,
+        a: *const f32,
+        lda: *const i32,
+        b: *const f32,
+        ldb: *const i32,
+        beta: *const f32,
+        c: *mut f32,
+        ldc: *const i32,
+    );
+}
