@@ -129,6 +129,9 @@ impl<'a> Run<'a> {
             pace: Pace::default(),
             config,
         };
+        if let Some(path) = &run.config.training.profile {
+            profile::start(path, setup)?;
+        }
         run.take_up(resume, run_name, &shape, device)?;
         let CheckpointState { epoch, step, .. } = run.state;
         run.batches = match run.config.training.overfit_one_batch {
@@ -220,9 +223,6 @@ impl<'a> Run<'a> {
     }
 
     fn train(mut self) -> Result<Summary> {
-        if let Some(path) = &self.config.training.profile {
-            profile::start(path, self.setup)?;
-        }
         if self.state.global_step > 0 {
             self.save(self.due_checkpoints())?; // what a kill prevented right after the checkpoint that we go on from
         }

@@ -17,6 +17,7 @@ fn arguments_of_train() {
         ("--run_name ''", 2, "run name \"\": expected 1 to 200 characters without `/`"),
         ("--run_name a/b", 2, "run name \"a/b\": expected 1 to 200 characters"),
         ("--output_dir text.txt", 1, "cannot create text.txt: File exists"),
+        ("--profile nowhere/x", 1, "writing the timeline nowhere/x: No such file"),
         ("--set", 2, "a value is required for '--set <SECTION.KEY=VALUE>'"),
         ("--nonsense", 2, "unexpected argument '--nonsense' found"),
         ("extra", 2, "unexpected argument 'extra' found"),
