@@ -4,7 +4,9 @@
 # Ours and the others alternate; medians over the rounds are printed as bus bandwidth in Mbit/s.
 #
 # usage: scripts/bench_hosts.sh [--hosts "2 4 8"] [--rate 1gbit] [--rounds 3] [--sizes "1M 16M 64M"] [--gloo PYTHON] [--no-gloo]
+#                               [--per-host N]
 #
+#   --per-host N    N ranks on each host instead, ours alone: the hierarchical allreduce beside a flat ring
 #   --gloo PYTHON   a Python that has torch (default: the one that scripts/bench_peers.sh --install made)
 #
 # Needs root (or the right to make network namespaces), iproute2, gcc.
@@ -14,7 +16,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 cd "$ROOT"
 
-HOSTS="2 4 8" RATE=1gbit ROUNDS=3 SIZES="1M 16M 64M" GLOO=$CACHE/peers/gloo/bin/python
+PER_HOST=1 HOSTS="2 4 8" RATE=1gbit ROUNDS=3 SIZES="1M 16M 64M" GLOO=$CACHE/peers/gloo/bin/python
 export HVD_HOSTS_PREFIX=hvd-b$((BASHPID % 1000))-
 
 main() {
@@ -26,6 +28,7 @@ main() {
             --sizes) SIZES=${2:?} && shift ;;
             --gloo) GLOO=${2:?} && shift ;;
             --no-gloo) GLOO='' ;;
+            --per-host) PER_HOST=${2:?} && shift ;;
             -h | --help) usage_of "$0" && exit 0 ;;
             *) die $EXIT_USAGE "unknown argument '$1'" "scripts/bench_hosts.sh --help lists what there is" ;;
         esac
@@ -37,11 +40,13 @@ main() {
         step "$hosts hosts, $RATE"
         benches/peers/hosts.sh up "$hosts" "$RATE" ||
             die $EXIT_MACHINE "cannot make network namespaces" "run this as root, with iproute2 installed"
-        for round in $(seq 1 "$ROUNDS"); do measure "$hosts" "$round"; done
+        for _ in $(seq 1 "$ROUNDS"); do
+            if [ "$PER_HOST" -gt 1 ]; then compare "$hosts"; else measure "$hosts"; fi
+        done
         benches/peers/hosts.sh down
         done_ "measured"
     done
-    python3 benches/peers/table.py hosts "$WORK/rows"
+    python3 benches/peers/table.py "$([ "$PER_HOST" -gt 1 ] && echo hierarchical || echo hosts)" "$WORK/rows"
 }
 
 clean_up() {
@@ -71,21 +76,31 @@ measure() {
     done
 }
 
+# Ours with and without reducing within each host first.
+compare() {
+    local hosts=$1 size
+    for size in $SIZES; do
+        HVD_HIERARCHICAL_ALLREDUCE=1 on_all hvd "$hosts" "$HVD_PERF" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json
+        HVD_HIERARCHICAL_ALLREDUCE=0 on_all hvd-flat "$hosts" "$HVD_PERF" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json
+    done
+}
+
 to_bytes() { numfmt --from=iec "$1"; }
 
-# on_all LABEL HOSTS COMMAND…: one rank a host; RANK in the command is the rank's number.
+# on_all LABEL HOSTS COMMAND…: PER_HOST ranks on each host; RANK in the command is the rank's number.
 on_all() {
-    local label=$1 hosts=$2 rank pids=() secret
+    local label=$1 hosts=$2 ranks=$(($2 * PER_HOST)) rank host pids=() secret
     shift 2
     secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-    for rank in $(seq 0 $((hosts - 1))); do
-        env HVD_RANK="$rank" HVD_SIZE="$hosts" HVD_LOCAL_SIZE=1 HVD_RENDEZVOUS=10.77.0.1:29400 HVD_SECRET="$secret" HVD_BIND=0.0.0.0 \
-            RANK="$rank" WORLD_SIZE="$hosts" MASTER_ADDR=10.77.0.1 MASTER_PORT=29500 GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 \
-            timeout 300 ip netns exec "${HVD_HOSTS_PREFIX}h$((rank + 1))" "${@/#RANK/$rank}" >"$WORK/out.$rank" 2>"$WORK/err.$rank" &
+    for rank in $(seq 0 $((ranks - 1))); do
+        host=$((rank / PER_HOST + 1))
+        env HVD_RANK="$rank" HVD_SIZE="$ranks" HVD_LOCAL_SIZE="$PER_HOST" HVD_RENDEZVOUS=10.77.0.1:29400 HVD_SECRET="$secret" HVD_BIND=0.0.0.0 \
+            RANK="$rank" WORLD_SIZE="$ranks" MASTER_ADDR=10.77.0.1 MASTER_PORT=29500 GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 \
+            timeout 300 ip netns exec "${HVD_HOSTS_PREFIX}h$host" "${@/#RANK/$rank}" >"$WORK/out.$rank" 2>"$WORK/err.$rank" &
         pids+=($!)
     done
     for rank in "${!pids[@]}"; do
-        wait "${pids[$rank]}" || die 1 "$label failed on host $((rank + 1)) of $hosts" "$(tail -n 5 "$WORK/err.$rank")"
+        wait "${pids[$rank]}" || die 1 "rank $rank of $label failed on $hosts hosts" "$(tail -n 5 "$WORK/err.$rank")"
     done
     sed "s/^{/{\"label\":\"$label\",/" "$WORK/out.0" >>"$WORK/rows"
 }

@@ -1,6 +1,7 @@
 """Tables from the JSON lines that the programs here and hvd-perf print.
 
     python3 table.py hosts FILE     between hosts: bus bandwidth, and what it is of the bare streams' and of gloo's
+    python3 table.py hierarchical FILE   the hierarchical allreduce beside the flat one
     python3 table.py peers FILE     on one host: times, and the ratios to the targets of the project's speed table
 
 Every line has a `label` in front that says who printed it; lines of one label and case are repetitions, of which the median counts.
@@ -54,6 +55,14 @@ def hosts(times, rates):
     print_table(["hosts", "size", "streams Mbit/s", "ours", "gloo", "ours / streams", "ours / gloo", "fp16 / none"], rows)
 
 
+def hierarchical(times, _):
+    rows = []
+    for ranks, size in sorted({(key[2], key[3]) for key in times}):
+        ours, flat = (times.get((label, "allreduce", ranks, size, "private")) for label in ["hvd", "hvd-flat"])
+        rows.append([ranks, human(size), f"{ours / 1000:.1f}", f"{flat / 1000:.1f}", ratio(flat, ours)])
+    print_table(["ranks", "size", "hierarchical ms", "flat ms", "flat / hierarchical"], rows)
+
+
 # Who may be the best peer, and which of them is Horovod at its best.
 MPI = ["openmpi", "mpich"]
 HOROVOD = ["horovod", "horovod-cycle0", "horovod-gloo"]
@@ -105,6 +114,6 @@ def peers(times, _):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("hosts", "peers"):
+    if len(sys.argv) != 3 or sys.argv[1] not in ("hosts", "hierarchical", "peers"):
         sys.exit(__doc__)
-    {"hosts": hosts, "peers": peers}[sys.argv[1]](*read(sys.argv[2]))
+    {"hosts": hosts, "hierarchical": hierarchical, "peers": peers}[sys.argv[1]](*read(sys.argv[2]))
