@@ -2,7 +2,7 @@
 
 mod support;
 
-use support::{ids, lively_model, tiny};
+use support::{distance, ids, lively_model, tiny};
 use tch::{Kind, Tensor};
 use transformer_lm::model::sampling::Sampling;
 use transformer_lm::model::{GenerationParams, KvCache, ModelConfig, TransformerLM};
@@ -107,4 +107,35 @@ fn nothing_new_is_nothing_new() {
     params.sampling.temperature = -1.0;
     assert!(model.generate(&start, &params).is_err());
     assert!(model.generate(&ids(&[vec![11]]), &greedy(1)).is_err());
+}
+
+/// Logits of the step after a prompt, for some sequences.
+fn step(model: &TransformerLM, sequences: usize) -> Tensor {
+    let tokens = ids(&(0..sequences).map(|row| vec![1 + row, 4, 9, row]).collect::<Vec<_>>());
+    let mut cache = KvCache::new(model.config(), sequences as i64, 4, model.kind(), model.device());
+    let _ = model.hidden_cached(&tokens.narrow(1, 0, 3), &mut cache).unwrap();
+    model.logits(&model.hidden_cached(&tokens.narrow(1, 3, 1), &mut cache).unwrap()).detach()
+}
+
+#[test]
+fn narrow_weights_are_the_weights_rounded_to_bf16() {
+    for sequences in [1, 3, 7] {
+        let (_store, mut model) = lively_model(&config(), Kind::Float);
+        let whole = step(&model, sequences);
+        model.narrow_weights().unwrap();
+        let narrow = step(&model, sequences);
+        let difference = distance(&whole, &narrow);
+        // Seven sequences at once are worth the whole weights.
+        assert_eq!(difference == 0.0, sequences == 7, "{difference}");
+        assert!(difference < 0.1, "{difference}");
+
+        let (_store, mut model) = lively_model(&config(), Kind::Float);
+        for (_, mut parameter) in model.parameters().into_iter().filter(|(_, parameter)| parameter.dim() == 2) {
+            tch::no_grad(|| parameter.copy_(&parameter.to_kind(Kind::BFloat16)));
+        }
+        let whole = step(&model, sequences);
+        model.narrow_weights().unwrap();
+        let difference = distance(&whole, &step(&model, sequences));
+        assert!(difference < 1e-5, "{difference}");
+    }
 }

@@ -1,5 +1,5 @@
 //! Element types, and the loops over them: [`reduce`] combines elements, [`wire`] converts and scales them, [`neural`] does what of a
-//! network is no matrix product.
+//! network is no matrix product, [`product`] multiplies matrices with few vectors.
 //!
 //! A package of its own so that a debug build can optimise these loops without optimising the runtime around them. Users
 //! see it through `hvd_core`, which re-exports its modules.
@@ -7,6 +7,7 @@
 
 pub mod dtype;
 pub mod neural;
+pub mod product;
 pub mod reduce;
 pub mod wire;
 

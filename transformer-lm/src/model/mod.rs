@@ -24,6 +24,7 @@ mod config;
 mod decode;
 mod init;
 mod loss;
+mod narrow;
 mod positions;
 pub mod random;
 pub mod sampling;
@@ -35,6 +36,7 @@ use crate::{Error, Result};
 
 use block::{Attend, Block, LayerNorm, dropout};
 use init::Init;
+use narrow::NarrowWeight;
 
 pub use backward::Backward;
 pub use block::LAYER_NORM_EPS;
@@ -58,6 +60,8 @@ pub struct TransformerLM {
     wpe: Tensor,
     blocks: Vec<Block>,
     ln_f: LayerNorm,
+    /// The head's weight for steps of a generation, where that is wanted.
+    narrow_head: Option<NarrowWeight>,
     config: ModelConfig,
     parameters: Vec<(String, Tensor)>,
 }
@@ -94,9 +98,21 @@ impl TransformerLM {
             },
             blocks: (0..config.n_layers).map(|i| Block::new(&mut init, &(vs / "h" / i), config)).collect(),
             ln_f: LayerNorm::new(&mut init, &(vs / "ln_f"), d),
+            narrow_head: None,
             config: config.clone(),
             parameters: init.parameters,
         })
+    }
+
+    /// Keeps a second copy of the dense weights and the head's, rounded to bf16, from which the steps of a generation are computed: on a
+    /// CPU they take as long as it takes to read the weights. Prompts are still read with the weights as they are.
+    ///
+    /// # Errors
+    /// A model that is not on the CPU.
+    pub fn narrow_weights(&mut self) -> Result<()> {
+        self.blocks.iter_mut().try_for_each(Block::narrow)?;
+        self.narrow_head = Some(NarrowWeight::of(&self.wte)?);
+        Ok(())
     }
 
     /// The shape it was made with.
@@ -181,7 +197,8 @@ impl TransformerLM {
 
     /// (B, T, D) to (B, T, vocabulary), by the embedding's weights.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear::<Tensor>(&self.wte, None)
+        let narrow = self.narrow_head.as_ref().and_then(|weight| weight.product(hidden));
+        narrow.unwrap_or_else(|| hidden.linear::<Tensor>(&self.wte, None))
     }
 
     /// Tokens and positions from `start` on: (B, T) to (B, T, D).

@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Generation beside transformers: the same model (of our own making, exported), one core, one sequence, greedy, the key/value cache on.
+# The runs alternate; medians of tokens/s and their ratio are printed, for weights in f32 on both sides and for ours in bf16.
+#
+# usage: scripts/bench_generate.sh [--models "demo gpt2-124m"] [--rounds 3] [--tokens 128]
+#
+#   --models   names of configurations in configs/ (default: demo, shakespeare-char, gpt2-124m); each is trained for one update
+#
+# Environment:
+#   HVD_TEST_PYTHON  a Python with torch and transformers (default: the one that scripts/test.sh --full makes in .cache/peers/gloo)
+#   BIN              a folder with the programs lm, train and generate (default: they are built in the release profile)
+#   CORE             the core to run on (default: 0)
+#
+# Let nothing else run meanwhile. Exit codes: 0 measured; 1 something failed; 2 wrong usage; 3 Rust is missing; 4 transformers is missing.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+cd "$ROOT"
+
+MODELS="demo shakespeare-char gpt2-124m" ROUNDS=3 TOKENS=128
+PYTHON=${HVD_TEST_PYTHON:-$CACHE/peers/gloo/bin/python}
+readonly PROMPT_TOKENS=64
+
+main() {
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --models) MODELS=${2:?} && shift ;;
+            --rounds) ROUNDS=${2:?} && shift ;;
+            --tokens) TOKENS=${2:?} && shift ;;
+            -h | --help) usage_of "$0" && exit 0 ;;
+            *) die $EXIT_USAGE "unknown argument '$1'" "scripts/bench_generate.sh --help lists what there is" ;;
+        esac
+        shift
+    done
+    "$PYTHON" -c 'import torch, transformers' 2>/dev/null ||
+        die $EXIT_PACKAGES "$PYTHON has no transformers" "scripts/test.sh --full installs it, or set HVD_TEST_PYTHON"
+    [ -n "${BIN:-}" ] || build
+    export OMP_NUM_THREADS=1
+    WORK=$(mktemp -d) && trap 'rm -rf "$WORK"' EXIT
+    local model
+    for model in $MODELS; do
+        make_model "$model"
+        measure "$model"
+        rm -rf "${WORK:?}/$model"
+    done
+}
+
+build() {
+    find_cargo || die $EXIT_RUST "cargo is missing"
+    step "Building"
+    cargo build --release --locked --workspace --bin lm --bin train --bin generate
+    BIN=$TARGET/release
+    done_ "built"
+}
+
+# A checkpoint in the shape of a configuration, and its folder for transformers.
+make_model() {
+    local config=configs/$1.yaml folder=$WORK/$1 tokenizer=byte
+    [ -f "$config" ] || die $EXIT_USAGE "there is no $config"
+    [[ $1 != gpt2* ]] || tokenizer=gpt2
+    step "$1: making the model"
+    mkdir "$folder"
+    {
+        "$BIN/lm" prepare --input README.md docs scripts transformer-lm/src/*.rs --tokenizer $tokenizer --output "$folder/data" --val-fraction 0.2
+        "$BIN/train" --config "$config" --run-name model --output-dir "$folder/runs" --set "data.data_dir=$folder/data" --set training.max_steps=1 \
+            --set training.global_batch_size=1 --set training.amp_dtype=fp32 --set training.device=cpu --set training.sample_tokens=0 \
+            --set training.histogram_interval=0 --set training.warmup_steps=0 --set training.peak_tflops=1
+        "$BIN/lm" export --checkpoint "$folder/runs" --output "$folder/hf"
+    } >"$WORK/log" 2>&1 || die 1 "it failed; the end of its output:" "$(tail -n 15 "$WORK/log")"
+    done_ "$(tail -n 1 "$WORK/log" | sed 's/.*: //')"
+}
+
+measure() {
+    local model=$1 round
+    step "$model: $TOKENS tokens after $PROMPT_TOKENS, $ROUNDS rounds"
+    for round in $(seq "$ROUNDS"); do
+        ours "$model" f32 >>"$WORK/$model/f32"
+        ours "$model" bf16 >>"$WORK/$model/bf16"
+        pinned "$PYTHON" benches/peers/generate_torch.py "$WORK/$model/hf" $PROMPT_TOKENS "$TOKENS" 1 2>"$WORK/log" >>"$WORK/$model/theirs" ||
+            die 1 "transformers failed" "$(tail -n 5 "$WORK/log")"
+    done
+    local theirs weights
+    theirs=$(median "$WORK/$model/theirs")
+    for weights in f32 bf16; do
+        median "$WORK/$model/$weights" | awk -v name="$model, $weights" -v theirs="$theirs" \
+            '{ printf "    %-26s %9.1f tokens/s   transformers %9.1f   %.2f times (goal 2)\n", name, $1, theirs, $1 / theirs }'
+    done
+    done_ "measured"
+}
+
+pinned() { taskset -c "${CORE:-0}" "$@"; }
+
+# ours MODEL WEIGHTS: tokens/s of the second of two replies, as /stats has it, the prompt included.
+ours() {
+    local prompt
+    # Single letters between spaces are a token each for GPT-2; a byte tokenizer takes half as many.
+    if [[ $1 = gpt2* ]]; then prompt=$(printf ' %.1s' $(yes a | head -n $PROMPT_TOKENS)); else prompt=$(yes a | head -n $PROMPT_TOKENS | tr -d '\n'); fi
+    printf '%s\n' "$prompt" "$prompt" /stats |
+        pinned "$BIN/generate" --checkpoint "$WORK/$1/runs" --interactive --greedy --max-new-tokens "$TOKENS" --weights "$2" 2>"$WORK/log" |
+        awk -v want="$TOKENS" '/^last reply: / { if ($3 < want) exit 1; print $(NF - 1); found = 1 } END { exit !found }' ||
+        die 1 "generate gave no figure" "$(tail -n 5 "$WORK/log")"
+}
+
+median() { sort -n "$1" | awk '{ value[NR] = $1 } END { print value[int((NR + 1) / 2)] }'; }
+
+main "$@"
