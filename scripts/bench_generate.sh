@@ -4,6 +4,7 @@
 #
 # usage: scripts/bench_generate.sh [--models "demo gpt2-124m"] [--rounds 3] [--tokens 128]
 #
+#   --tokens   how many a reply has, as far as the model's context has room
 #   --models   names of configurations in configs/ (default: demo, shakespeare-char, gpt2-124m); each is trained for one update
 #
 # Environment:
@@ -19,7 +20,7 @@ cd "$ROOT"
 
 MODELS="demo shakespeare-char gpt2-124m" ROUNDS=3 TOKENS=128
 PYTHON=${HVD_TEST_PYTHON:-$CACHE/peers/gloo/bin/python}
-readonly PROMPT_TOKENS=64
+readonly PROMPT_TOKENS=16
 
 main() {
     while [ $# -gt 0 ]; do
@@ -61,22 +62,26 @@ make_model() {
     step "$1: making the model"
     mkdir "$folder"
     {
-        "$BIN/lm" prepare --input README.md docs scripts transformer-lm/src/*.rs --tokenizer $tokenizer --output "$folder/data" --val-fraction 0.2
-        "$BIN/train" --config "$config" --run-name model --output-dir "$folder/runs" --set "data.data_dir=$folder/data" --set training.max_steps=1 \
+        "$BIN/lm" prepare --input README.md docs/*.md transformer-lm/src/*/*.rs --tokenizer $tokenizer --output "$folder/data" \
+            --val-fraction 0.2 &&
+            "$BIN/train" --config "$config" --run-name model --output-dir "$folder/runs" --set "data.data_dir=$folder/data" --set training.max_steps=1 \
             --set training.global_batch_size=1 --set training.amp_dtype=fp32 --set training.device=cpu --set training.sample_tokens=0 \
-            --set training.histogram_interval=0 --set training.warmup_steps=0 --set training.peak_tflops=1
-        "$BIN/lm" export --checkpoint "$folder/runs" --output "$folder/hf"
+            --set training.histogram_interval=0 --set training.warmup_steps=0 --set training.peak_tflops=1 &&
+            "$BIN/lm" export --checkpoint "$folder/runs" --output "$folder/hf"
     } >"$WORK/log" 2>&1 || die 1 "it failed; the end of its output:" "$(tail -n 15 "$WORK/log")"
     done_ "$(tail -n 1 "$WORK/log" | sed 's/.*: //')"
 }
 
 measure() {
-    local model=$1 round
-    step "$model: $TOKENS tokens after $PROMPT_TOKENS, $ROUNDS rounds"
+    local model=$1 round new room
+    # transformers has no window that slides.
+    room=$(($(sed -n 's/^ *max_seq_len: *\([0-9]*\).*/\1/p' "configs/$1.yaml") - PROMPT_TOKENS))
+    new=$((TOKENS < room ? TOKENS : room))
+    step "$model: $new tokens after $PROMPT_TOKENS, $ROUNDS rounds"
     for round in $(seq "$ROUNDS"); do
-        ours "$model" f32 >>"$WORK/$model/f32"
-        ours "$model" bf16 >>"$WORK/$model/bf16"
-        pinned "$PYTHON" benches/peers/generate_torch.py "$WORK/$model/hf" $PROMPT_TOKENS "$TOKENS" 1 2>"$WORK/log" >>"$WORK/$model/theirs" ||
+        ours "$model" "$new" f32 >>"$WORK/$model/f32"
+        ours "$model" "$new" bf16 >>"$WORK/$model/bf16"
+        pinned "$PYTHON" benches/peers/generate_torch.py "$WORK/$model/hf" $PROMPT_TOKENS "$new" 1 2>"$WORK/log" >>"$WORK/$model/theirs" ||
             die 1 "transformers failed" "$(tail -n 5 "$WORK/log")"
     done
     local theirs weights
@@ -90,14 +95,14 @@ measure() {
 
 pinned() { taskset -c "${CORE:-0}" "$@"; }
 
-# ours MODEL WEIGHTS: tokens/s of the second of two replies, as /stats has it, the prompt included.
+# ours MODEL TOKENS WEIGHTS: tokens/s of the second of two replies, as /stats has it, the prompt included.
 ours() {
     local prompt
-    # Single letters between spaces are a token each for GPT-2; a byte tokenizer takes half as many.
-    if [[ $1 = gpt2* ]]; then prompt=$(printf ' %.1s' $(yes a | head -n $PROMPT_TOKENS)); else prompt=$(yes a | head -n $PROMPT_TOKENS | tr -d '\n'); fi
+    # A letter after a space is a token for GPT-2; for bytes it is two.
+    if [[ $1 = gpt2* ]]; then prompt=$(printf ' a%.0s' $(seq $PROMPT_TOKENS)); else prompt=$(printf 'a%.0s' $(seq $PROMPT_TOKENS)); fi
     printf '%s\n' "$prompt" "$prompt" /stats |
-        pinned "$BIN/generate" --checkpoint "$WORK/$1/runs" --interactive --greedy --max-new-tokens "$TOKENS" --weights "$2" 2>"$WORK/log" |
-        awk -v want="$TOKENS" '/^last reply: / { if ($3 < want) exit 1; print $(NF - 1); found = 1 } END { exit !found }' ||
+        pinned "$BIN/generate" --checkpoint "$WORK/$1/runs" --interactive --greedy --max-new-tokens "$2" --weights "$3" 2>"$WORK/log" |
+        awk -v want="$2" '/^last reply: / { if ($3 < want) exit 1; print $(NF - 1); found = 1 } END { exit !found }' ||
         die 1 "generate gave no figure" "$(tail -n 5 "$WORK/log")"
 }
 
