@@ -180,7 +180,8 @@ impl Incoming {
             let (theirs, ours) = (header.generation, inbox.generation);
             return Err(self.violation(format!("a frame of generation {theirs} in generation {ours} of the world")));
         }
-        if self.goodbye {
+        // Who waits for the goodbye of a rank that is lost has said its own, and yet gives up.
+        if self.goodbye && header.kind != Kind::Abort {
             return Err(self.violation("a frame after the goodbye".into()));
         }
         let target = match header.kind {
@@ -341,6 +342,14 @@ mod tests {
         ] {
             assert!(matches!(feed(&bytes, &mut inbox()), Err(Error::Protocol { .. })), "{bytes:?}");
         }
+    }
+
+    #[test]
+    fn a_rank_may_give_up_after_its_goodbye() {
+        let mut inbox = inbox();
+        let frames = [frame(Kind::Goodbye, 0), frame(Kind::Abort, 4), b"why?".to_vec()].concat();
+        feed(&frames, &mut inbox).unwrap();
+        assert_eq!(inbox.abort, Some((TAG.channel as usize, "why?".into())));
     }
 
     #[test]
