@@ -81,7 +81,7 @@ train() {
     done_ "loss $(loss "$(result "$@")")"
 }
 
-loss() { sed -n 's/.*"loss":\([0-9.]*\).*/\1/p' "$@"; }
+loss() { sed -n 's/.*"loss":\([0-9][0-9.eE+-]*\).*/\1/p' "$@"; }
 
 # The losses of all seeds and their mean, a line for each number of ranks and precision.
 summary() {
@@ -90,6 +90,7 @@ summary() {
     for ranks in $RANKS; do
         for dtype in $DTYPES; do
             losses=$(for seed in $SEEDS; do loss "$(result "$seed" "$ranks" "$dtype")"; done)
+            [ "$(wc -w <<<"$losses")" = "$(wc -w <<<"$SEEDS")" ] || die 1 "a run of $ranks ranks, $dtype has no finite loss" "see $FOLDER"
             # shellcheck disable=SC2086 # one loss a word
             printf '%s\n' $losses | awk -v what="$ranks ranks, $dtype" -v goal="$GOAL" '
                 { all = all sprintf(" %.4f", $1); sum += $1 }

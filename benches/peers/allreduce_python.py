@@ -3,7 +3,7 @@
     mpirun -np 2 python allreduce_python.py horovod          # HOROVOD_CYCLE_TIME=0 for its fastest small operations
     torchrun --nproc_per_node=2 allreduce_python.py gloo [LABEL [SIZE,SIZE…]]
 
-A barrier precedes each iteration; its time is the maximum over the ranks; the median is reported, one JSON line a size.
+Two barriers precede each iteration, so that nobody is just waking up; its time is the maximum over the ranks; the median is reported, one JSON line a size.
 """
 import json
 import os
@@ -62,6 +62,7 @@ def measure(peer, label, bench, size, iterations, warmup, reset, run):
     seconds = []
     for k in range(-warmup, iterations):
         reset()
+        peer.barrier()
         peer.barrier()
         start = time.perf_counter()
         run()

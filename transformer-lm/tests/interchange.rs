@@ -308,6 +308,20 @@ fn what_is_no_gpt2_is_refused_and_leaves_nothing() {
     assert!(error.starts_with("error: ") && error.contains("model_type is \"bert\""), "{error}");
 }
 
+/// GPT-2's tokens, but a space before the first word: other tokens for the same text.
+#[test]
+fn a_tokenizer_with_other_rules_is_not_taken_for_ours() {
+    let lab = Lab::new(TokenizerKind::Gpt2, "learned");
+    succeeded(lab.export("model", "hf"));
+    let mut description = read_json(&lab.path("hf/tokenizer.json"));
+    description["pre_tokenizer"]["add_prefix_space"] = true.into();
+    std::fs::write(lab.path("hf/tokenizer.json"), description.to_string()).unwrap();
+    succeeded(lab.import("hf", "back"));
+    let (ours, theirs) = (lab.load("model").1, lab.load("back").1);
+    assert_eq!(theirs.encode("word").unwrap(), ours.encode(" word").unwrap());
+    assert_ne!(theirs.encode("word").unwrap(), ours.encode("word").unwrap());
+}
+
 #[test]
 fn a_tokenizer_larger_than_the_model_is_refused() {
     let lab = Lab::new(TokenizerKind::Byte, "learned");

@@ -204,10 +204,12 @@ impl Negotiation {
         self.news
     }
 
-    /// Whether others have this tensor, and this rank has not.
+    /// Whether others have this tensor and wait for this rank's. Nobody waits for a rank that has joined.
     pub fn lacks(&self, name: &str) -> bool {
         let others_have = |announcement: &Announcement| !announcement.ranks().contains(self.rank);
-        !self.waiting.contains_key(name) && self.table.get(name).is_some_and(others_have)
+        !self.joined.contains(&self.rank)
+            && !self.waiting.contains_key(name)
+            && self.table.get(name).is_some_and(others_have)
     }
 
     /// What of this rank's has waited for `age`, and who lacks it. A tensor that is in the cache is announced in full first:

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// How many times as long a thread looks where it gives its processor away in between: that costs nobody anything, and a sleep
+/// How many times as long a thread looks where it gives its processor away in between: that costs others little, and a sleep
 /// costs two switches of threads and several system calls on either side.
 const CROWDED_TIMES: u32 = 10;
 

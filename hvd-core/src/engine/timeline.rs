@@ -143,8 +143,19 @@ fn operation(kind: &OpKind) -> &'static str {
     }
 }
 
+/// Removes what an earlier run left in the file of this rank's host.
+pub fn remove(path: &Path, place: &Topology) -> Result<()> {
+    let path = path_on_host(path, place);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(format!("cannot replace the timeline {}", path.display()), error))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The file of this rank's host.
-pub fn path_on_host(path: &Path, place: &Topology) -> PathBuf {
+fn path_on_host(path: &Path, place: &Topology) -> PathBuf {
     if place.is_single_host() {
         return path.to_path_buf();
     }

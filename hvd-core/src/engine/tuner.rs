@@ -274,7 +274,7 @@ mod tests {
     use super::*;
 
     const START: Tuned =
-        Tuned { fusion_threshold_bytes: 128 << 20, segment_bytes: 512 << 10, doubling_limit_bytes: 16 << 10 };
+        Tuned { fusion_threshold_bytes: 128 << 20, segment_bytes: 256 << 10, doubling_limit_bytes: 16 << 10 };
 
     /// How fast a made-up machine is that likes one value of each setting best.
     fn speed(tuned: Tuned, likes: [u64; 3]) -> f64 {
@@ -346,7 +346,7 @@ mod tests {
         let mut config = Config::default();
         config.autotune.enabled = true;
         config.autotune.log = Some(folder.path().join("log.csv"));
-        let likes = [8 << 20, 512 << 10, 1 << 20];
+        let likes = [8 << 20, 256 << 10, 1 << 20];
         let best = tune(&config, likes);
         assert_eq!(speed(best, likes), 1e9, "{best:?}");
         let log = std::fs::read_to_string(folder.path().join("log.csv")).unwrap();
@@ -354,7 +354,7 @@ mod tests {
         assert_eq!(kinds[..5], ["kind", "warmup", "warmup", "warmup", "sample"]);
         assert_eq!(kinds.iter().filter(|kind| **kind == "best").count(), 1);
         assert!(log.lines().last().unwrap().starts_with("best,"), "{log}");
-        assert!(log.contains(",8388608,524288,1048576,"), "{log}");
+        assert!(log.contains(",8388608,262144,1048576,"), "{log}");
     }
 
     #[test]

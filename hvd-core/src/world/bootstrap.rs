@@ -9,7 +9,7 @@ use super::agreement::agree;
 use super::{Backend, Inner, ProcessSet, World, affinity};
 use crate::collective::{self, Places, Sharing};
 use crate::config::{Config, TransportChoice, environment, remarks};
-use crate::engine::timeline::path_on_host;
+use crate::engine::timeline;
 use crate::engine::{Core, Engine, Observers, Patience, WORLD};
 use crate::error::{Error, Result};
 use crate::shm::ShmGroup;
@@ -32,8 +32,8 @@ pub(super) fn world(config: Config) -> Result<World> {
     }
     die_with_launcher(launch.launcher)?;
     if let (Some(path), 0) = (&config.timeline, topology.local_rank) {
-        // What an earlier run left. The ranks of this host append only after all have met.
-        drop(std::fs::remove_file(path_on_host(path, &topology)));
+        // The ranks of this host append only after all have met. What cannot be removed, they will not be able to open.
+        drop(timeline::remove(path, &topology));
     }
     if topology.size == 1 {
         return observed(wrap(topology, Backend::Solo, Backend::Solo, Arc::default(), None, None), &config);

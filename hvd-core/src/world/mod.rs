@@ -21,7 +21,7 @@ use std::time::Instant;
 
 use crate::config::Config;
 use crate::engine::observe::{Observer, Seat};
-use crate::engine::timeline::Timeline;
+use crate::engine::timeline::{self, Timeline};
 use crate::engine::{Engine, Observers};
 use crate::error::{Error, Result};
 use crate::shm::ShmGroup;
@@ -228,6 +228,25 @@ impl World {
         *self.inner().timeline.lock().unwrap_or_else(PoisonError::into_inner) = Some(timeline.clone());
         self.inner().observers.set(Seat::Timeline, Some(timeline));
         Ok(())
+    }
+
+    /// As [`World::start_timeline`], in a file that is made anew. All ranks must call it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be replaced or written; a lost world.
+    pub fn start_timeline_anew(&self, path: impl AsRef<Path>, mark_rounds: bool) -> Result<()> {
+        let removed = match self.local_rank() {
+            0 => timeline::remove(path.as_ref(), self.topology()),
+            _ => Ok(()),
+        };
+        self.barrier()?; // nobody writes into a file that is about to go
+        removed?;
+        self.start_timeline(path, mark_rounds)
+    }
+
+    /// Whether a timeline is being written.
+    pub fn has_timeline(&self) -> bool {
+        self.inner().timeline.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// Ends the timeline; the part of the file that is this rank's is complete afterwards. Does nothing where there is none.

@@ -116,10 +116,7 @@ fn main() -> Result<()> {
             steps(&world, usize::MAX, 1000)?;
         }
         Command::Stall { rank, until } => stall(&world, rank, until)?,
-        Command::Astray => match (world.process_set(&[0, 1])?, world.rank()) {
-            (Some(set), 0) => set.allreduce("astray", &mut [1.0f32], ReduceOp::Sum)?,
-            _ => world.allreduce("astray", &mut [1.0f32], ReduceOp::Sum)?,
-        },
+        Command::Astray => astray(&world)?,
         Command::Topology => println!("{:?}", world.topology()),
         Command::Busy { .. } | Command::Again { .. } | Command::Twice => {} // Make their own worlds.
     }
@@ -141,6 +138,20 @@ fn stall(world: &World, rank: usize, until: Option<PathBuf>) -> Result<()> {
         ensure!(handle?.wait()? == vec![world.size() as f32; 10], "a wrong sum");
     }
     Ok(())
+}
+
+/// Rank 0 submits in a process set what the others submit in the world.
+fn astray(world: &World) -> Result<()> {
+    let set = world.process_set(&[0, 1])?;
+    let mut handle = match (&set, world.rank()) {
+        (Some(set), 0) => Some(set.allreduce_async("astray", vec![1.0f32], ReduceOp::Sum)?),
+        _ => None,
+    };
+    world.barrier()?; // from here on the others can know of it
+    if handle.is_none() {
+        handle = Some(world.allreduce_async("astray", vec![1.0f32], ReduceOp::Sum)?);
+    }
+    handle.map_or(Ok(()), |handle| Ok(handle.wait().map(drop)?))
 }
 
 fn steps(world: &World, count: usize, elements: usize) -> Result<()> {

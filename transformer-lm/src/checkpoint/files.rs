@@ -35,7 +35,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Brings every file of a folder, and the folder, to the disk.
-pub(super) fn sync_all(folder: &Path) -> Result<()> {
+pub(crate) fn sync_all(folder: &Path) -> Result<()> {
     for entry in std::fs::read_dir(folder).map_err(Error::io("list", folder))?.flatten() {
         sync(&entry.path())?;
     }

@@ -31,8 +31,8 @@ use crate::config::Config;
 use crate::model::{TransformerLM, read_weights, write_weights};
 use crate::{Error, Result};
 
-pub(crate) use files::publish;
 pub use files::{clean_leftovers, write_atomically};
+pub(crate) use files::{publish, sync_all};
 pub use find::{Found, find_newest, prune, resolve, set_aside_later};
 pub use saver::{Saver, Snapshot};
 pub use state::{CheckpointState, FORMAT_VERSION, GuardState, ScalerState, read_state, verify};

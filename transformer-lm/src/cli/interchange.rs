@@ -89,10 +89,11 @@ fn describe(imported: &Imported) -> String {
         VocabSize::Fixed(size) => size.to_string(),
         VocabSize::Auto => "auto".into(),
     };
+    let padding = model.pad_token_id.map_or("null".into(), |token| token.to_string());
     let tokenizer = imported.tokenizer.as_ref().map_or("none", |tokenizer| tokenizer.name());
     let mut text = format!(
-        "model: {{d_model: {}, n_heads: {}, n_layers: {}, d_ff: {}, dropout: {}, max_seq_len: {}, vocab_size: {vocabulary}}}, \
-         tokenizer {tokenizer}",
+        "model: {{d_model: {}, n_heads: {}, n_layers: {}, d_ff: {}, dropout: {}, max_seq_len: {}, vocab_size: {vocabulary}, \
+         pad_token_id: {padding}}}, tokenizer {tokenizer}",
         model.d_model, model.n_heads, model.n_layers, model.d_ff, model.dropout, model.max_seq_len
     );
     imported.notes.iter().for_each(|note| text += &format!("\nnote: {note}"));

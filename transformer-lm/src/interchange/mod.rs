@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use tch::Device;
 
-use crate::checkpoint::{CheckpointState, Contents, FORMAT_VERSION, publish, save_checkpoint};
+use crate::checkpoint::{CheckpointState, Contents, FORMAT_VERSION, publish, save_checkpoint, sync_all};
 use crate::config::{AmpDtype, ModelSection, TrainingSection};
 use crate::data::{TOKENIZER_FILE, Tokenizer};
 use crate::generate::load_model_for_generation;
@@ -47,6 +47,7 @@ pub fn export_hf(checkpoint: &Path, output: &Path) -> Result<ModelConfig> {
     weights::write(&model, &staging.folder.join(weights::FILE))?;
     config::write(&model, &tokenizer, &staging.folder)?;
     tokenizer::write(&tokenizer, model.config(), &staging.folder)?;
+    sync_all(&staging.folder)?;
     publish(&staging.folder, &staging.target)?;
     Ok(model.config().clone())
 }

@@ -140,10 +140,9 @@ fn recognise(description: &Value) -> std::result::Result<Tokenizer, String> {
     let model = &description["model"];
     let same = |ours: &Tokenizer| {
         let described = describe(ours);
-        let parts = ["pre_tokenizer", "normalizer", "decoder"].iter();
         described["model"]["vocab"] == model["vocab"]
             && model["merges"] == json!([])
-            && parts.clone().all(|part| kind_of(&described[part]) == kind_of(&description[part]))
+            && has_rules_of(&described, description)
     };
     let characters = model["vocab"].as_object().map(|vocab| vocab.keys().filter_map(|token| one_character(token)));
     let alphabet = Alphabet::new(&characters.map(BTreeSet::from_iter).unwrap_or_default());
@@ -154,11 +153,24 @@ fn recognise(description: &Value) -> std::result::Result<Tokenizer, String> {
     }
     let pairs = BytePairs::from_description(description)
         .map_err(|error| format!("not a byte-level byte-pair encoding as GPT-2's: {error}"))?;
-    Ok(if is_gpt2(&pairs) { Tokenizer::Gpt2 } else { Tokenizer::Bpe(pairs.into()) })
+    let is_gpt2 = has_rules_of(&byte_level(gpt2_pairs().0, Vec::new(), true, Some(GPT2_END)), description)
+        && has_gpt2_pairs(&pairs);
+    Ok(if is_gpt2 { Tokenizer::Gpt2 } else { Tokenizer::Bpe(pairs.into()) })
 }
 
-fn kind_of(part: &Value) -> (&Value, &Value) {
-    (&part["type"], &part["use_regex"])
+/// Whether two descriptions agree in all that decides how a text is cut and put together, besides vocabulary and merges.
+fn has_rules_of(one: &Value, other: &Value) -> bool {
+    let rules = |of: &Value| {
+        let level = &of["pre_tokenizer"];
+        let words = (level["type"].clone(), level["add_prefix_space"].clone(), level["use_regex"] != json!(false));
+        let added = of["added_tokens"].as_array().map(|tokens| Vec::from_iter(tokens.iter().map(id_and_content)));
+        (of["normalizer"].clone(), words, of["decoder"]["type"].clone(), added.unwrap_or_default())
+    };
+    rules(one) == rules(other)
+}
+
+fn id_and_content(token: &Value) -> (Value, Value) {
+    (token["id"].clone(), token["content"].clone())
 }
 
 fn one_character(token: &str) -> Option<char> {
@@ -166,8 +178,8 @@ fn one_character(token: &str) -> Option<char> {
     characters.next().filter(|_| characters.next().is_none())
 }
 
-/// Whether this is the encoding that the program carries: the same tokens, put together by the same rules.
-fn is_gpt2(pairs: &BytePairs) -> bool {
+/// Whether these are the tokens and merges that the program carries.
+fn has_gpt2_pairs(pairs: &BytePairs) -> bool {
     let model = &pairs.description()["model"];
     let size = model["vocab"].as_object().map_or(0, Map::len);
     size == GPT2_VOCABULARY && {

@@ -27,12 +27,15 @@ const HEAD: &str = "lm_head.weight";
 pub(super) fn write(model: &TransformerLM, path: &Path) -> Result<()> {
     let mut parameters: HashMap<String, Tensor> = model.parameters().into_iter().collect();
     parameters.entry("wpe.weight".into()).or_insert_with(|| model.positions());
-    let stored = entries(model.config()).filter_map(|entry| {
-        let tensor = parameters.remove(&entry.name)?.detach();
-        Some((format!("{PREFIX}{}", entry.name), if entry.is_dense { tensor.tr() } else { tensor }))
+    let stored = entries(model.config()).map(|entry| {
+        let missing = || Error::data(path, format!("the model has no {}", entry.name));
+        let tensor = parameters.remove(&entry.name).ok_or_else(missing)?.detach();
+        Ok((format!("{PREFIX}{}", entry.name), Stored::of(&if entry.is_dense { tensor.tr() } else { tensor })?))
     });
-    let stored: Vec<(String, Stored)> =
-        stored.map(|(name, tensor)| Ok((name, Stored::of(&tensor)?))).collect::<Result<_>>()?;
+    let stored: Vec<(String, Stored)> = stored.collect::<Result<_>>()?;
+    if let Some(name) = parameters.keys().next() {
+        return Err(Error::data(path, format!("GPT-2 has no place for the model's {name}")));
+    }
     let views = stored.iter().map(|(name, stored)| {
         let view = TensorView::new(stored.dtype, stored.shape.clone(), &stored.bytes);
         view.map(|view| (name.as_str(), view)).map_err(|error| Error::data(path, error.to_string()))

@@ -87,7 +87,13 @@ impl TransformerLM {
     fn build(vs: &nn::Path, config: &ModelConfig, mut init: Init) -> Result<Self> {
         config.validate()?;
         if vs.device() == Device::Cpu {
-            crate::memory::check_room(config.parameter_count().saturating_mul(vs.kind().elt_size_in_bytes()))?;
+            // Positions that are not learned are no parameters, and made in f64.
+            let table = match config.positions {
+                Positions::Learned => 0,
+                Positions::Sinusoidal => config.max_seq_len.saturating_mul(config.d_model),
+            };
+            let weights = config.parameter_count().saturating_mul(vs.kind().elt_size_in_bytes());
+            crate::memory::check_room(weights.saturating_add(table.saturating_mul(size_of::<f64>())))?;
         }
         let d = config.d_model;
         Ok(Self {

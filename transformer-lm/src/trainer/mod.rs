@@ -129,9 +129,6 @@ impl<'a> Run<'a> {
             pace: Pace::default(),
             config,
         };
-        if let Some(path) = &run.config.training.profile {
-            profile::start(path, setup)?;
-        }
         run.take_up(resume, run_name, &shape, device)?;
         let CheckpointState { epoch, step, .. } = run.state;
         run.batches = match run.config.training.overfit_one_batch {
@@ -145,6 +142,9 @@ impl<'a> Run<'a> {
     /// Rank 0 finds the folder and loads the checkpoint; the others take its state.
     fn take_up(&mut self, resume: Option<&Resume>, run_name: &str, shape: &ModelConfig, device: Device) -> Result<()> {
         self.agree()?;
+        if let Some(path) = &self.config.training.profile {
+            profile::start(path, &self.setup.world)?;
+        }
         let here = self.describe_device(device);
         let mut moments = Vec::new();
         let devices = self.setup.world.allgather_object("run.devices", &here).map_err(hvd_torch::Error::from)?;

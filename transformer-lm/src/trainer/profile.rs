@@ -10,7 +10,6 @@ use std::time::Instant;
 
 use hvd_torch::World;
 
-use super::Setup;
 use crate::{Error, Result};
 
 /// The row of the trainer in the timeline.
@@ -36,18 +35,16 @@ pub(super) const CHECKPOINT: &str = "checkpoint";
 /// Starts the profile of all ranks in the file `path`, which is made anew. All ranks must call it.
 ///
 /// # Errors
-/// [`Error::Io`] where the file cannot be written; [`Error::Hvd`].
-pub(super) fn start(path: &Path, setup: &Setup) -> Result<()> {
-    if setup.local_rank == 0 {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("replace", path)(error));
-            }
-            _ => {}
-        }
+/// [`Error::Config`] where a timeline is being written already; [`Error::Hvd`] where the file cannot be written.
+pub(super) fn start(path: &Path, world: &World) -> Result<()> {
+    if world.has_timeline() {
+        return Err(Error::Config(
+            "--profile and HVD_TIMELINE both write a timeline\n\
+             hint: leave HVD_TIMELINE out; the profile shows all that it would"
+                .into(),
+        ));
     }
-    setup.world.barrier().map_err(hvd_torch::Error::from)?; // nobody writes into a file that is about to go
-    Ok(setup.world.start_timeline(path, false).map_err(hvd_torch::Error::from)?)
+    Ok(world.start_timeline_anew(path, false).map_err(hvd_torch::Error::from)?)
 }
 
 /// Shows `name` from `started` until now, if a profile is being written.

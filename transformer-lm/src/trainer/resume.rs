@@ -102,7 +102,7 @@ fn newest_in(folder: &Path, notes: &mut Vec<String>) -> Result<PathBuf> {
 pub fn check(path: &Path, saved: &CheckpointState, fresh: &CheckpointState) -> Result<()> {
     if saved.global_batch_size == 0 {
         return Err(Error::Config(
-            "cannot resume: the checkpoint was imported, so it holds weights and no place in a training\n\
+            "cannot resume: the checkpoint holds weights and no place in a training (it was imported, or saved without one)\n\
              hint: start a new run from it with --set training.init_from=CHECKPOINT"
                 .into(),
         ));

@@ -9,7 +9,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("model.d_model=0", "model.d_model = 0: expected a whole number of at least 1"),
     ("model.n_heads=3", "model.n_heads = 3 does not divide model.d_model = 16: expected a divisor of 16"),
     ("model.n_layers=-1", "model.n_layers = -1: expected a whole number of at least 1"),
-    ("model.n_layers=100000000", "the model's weights alone need"),
+    ("model.n_layers=2000000000", "the model's weights alone need"),
     ("model.d_model=2000000000", "the model's weights alone need"),
     ("model.d_ff=99999999999", "model.d_ff = 99999999999: expected 1 to 2147483647"),
     ("model.dropout=1", "model.dropout = 1.0: expected a number of at least 0 and less than 1"),

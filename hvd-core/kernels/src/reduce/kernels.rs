@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::wire::lane::{Finish, GROUP, Lane, Number};
-use crate::wire::simd::{Isa, Kernel};
+use crate::wire::simd::{F16c, Isa, Kernel};
 
 /// Elements whose results are gathered at a time: their accumulators (at most 8 bytes each) stay in the first-level
 /// cache beside the inputs.
@@ -39,13 +39,13 @@ impl<L: Lane, O: Combine<L::Wide>> Kernel for Accumulate<'_, L, O> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let (mut into, mut from) = (self.into, self.from);
-        if L::in_groups::<I>() {
+        if let Some(f16c) = L::in_groups::<I>() {
             let (groups, rest) = into.as_chunks_mut::<GROUP>();
             let (others, other_rest) = from.as_chunks::<GROUP>();
             for (group, other) in groups.iter_mut().zip(others) {
-                let mut sums = L::load_group(group);
-                apply_group::<L, O>(&mut sums, &L::load_group(other));
-                L::store_group(&sums, group);
+                let mut sums = L::load_group(f16c, group);
+                apply_group::<L, O>(&mut sums, &L::load_group(f16c, other));
+                L::store_group(f16c, &sums, group);
             }
             (into, from) = (rest, other_rest);
         }
@@ -68,10 +68,10 @@ impl<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>> Kernel for Gather<'_, L, 
     fn run<I: Isa>(self) {
         let Gather { mut out, inputs, finish, .. } = self;
         let mut done = 0;
-        if L::in_groups::<I>() {
+        if let Some(f16c) = L::in_groups::<I>() {
             let (groups, rest) = out.as_chunks_mut::<GROUP>();
             done = groups.len() * GROUP;
-            gather_groups::<L, O, F>(groups, inputs, finish);
+            gather_groups::<L, O, F>(f16c, groups, inputs, finish);
             out = rest;
         }
         let mut sums = [L::Wide::default(); BLOCK];
@@ -107,14 +107,14 @@ impl<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>> Kernel for Meet<'_, L, O,
     #[inline(always)]
     fn run<I: Isa>(self) {
         let (mut first, mut second) = (self.first, self.second);
-        if L::in_groups::<I>() {
+        if let Some(f16c) = L::in_groups::<I>() {
             let (firsts, first_rest) = first.as_chunks_mut::<GROUP>();
             let (seconds, second_rest) = second.as_chunks_mut::<GROUP>();
             for (first, second) in firsts.iter_mut().zip(seconds) {
-                let mut sums = L::load_group(first);
-                apply_group::<L, O>(&mut sums, &L::load_group(second));
+                let mut sums = L::load_group(f16c, first);
+                apply_group::<L, O>(&mut sums, &L::load_group(f16c, second));
                 finish_group(&mut sums, self.finish);
-                L::store_group(&sums, first);
+                L::store_group(f16c, &sums, first);
                 *second = *first;
             }
             (first, second) = (first_rest, second_rest);
@@ -129,6 +129,7 @@ impl<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>> Kernel for Meet<'_, L, O,
 /// Whole groups, each through all inputs while it is in a register.
 #[inline(always)]
 fn gather_groups<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>>(
+    f16c: F16c,
     out: &mut [[L::Bytes; GROUP]],
     inputs: &[&[u8]],
     finish: F,
@@ -137,12 +138,12 @@ fn gather_groups<L: Lane, O: Combine<L::Wide>, F: Finish<L::Wide>>(
         &bytemuck::cast_slice::<u8, L::Bytes>(inputs[rank]).as_chunks::<GROUP>().0[at]
     };
     for (at, out) in out.iter_mut().enumerate() {
-        let mut sums = L::load_group(group(0, at));
+        let mut sums = L::load_group(f16c, group(0, at));
         for rank in 1..inputs.len() {
-            apply_group::<L, O>(&mut sums, &L::load_group(group(rank, at)));
+            apply_group::<L, O>(&mut sums, &L::load_group(f16c, group(rank, at)));
         }
         finish_group(&mut sums, finish);
-        L::store_group(&sums, out);
+        L::store_group(f16c, &sums, out);
     }
 }
 

@@ -198,12 +198,27 @@ mod tests {
         bytes
     }
 
+    /// The other two loops: `into ∘ from`, then both of them with the result.
+    fn pairs<L: Lane, O: Combine<L::Wide>>(level: Level, inputs: &[&[u8]]) -> [Vec<u8>; 3] {
+        let [mut into, mut first, mut second] = [inputs[0], inputs[0], inputs[1]].map(<[u8]>::to_vec);
+        let (from, op) = (bytemuck::cast_slice(inputs[1]), PhantomData);
+        dispatch_at(level, Accumulate::<L, O> { into: bytemuck::cast_slice_mut(&mut into), from, op });
+        let finish = L::Wide::thorough(Factor { multiply: 1.0, divide: 3.0 });
+        let both = (bytemuck::cast_slice_mut(&mut first), bytemuck::cast_slice_mut(&mut second));
+        dispatch_at(level, Meet::<L, O, _> { first: both.0, second: both.1, finish, op });
+        [into, first, second]
+    }
+
     #[test]
     fn the_bits_do_not_depend_on_the_cpu() {
         for dtype in DType::ALL {
             let inputs: Vec<_> = (0..4).map(|seed| patterns(seed, 5003 * dtype.size())).collect();
             let inputs: Vec<_> = inputs.iter().map(|input| &input[..]).collect();
             for op in [ReduceOp::Sum, ReduceOp::Min, ReduceOp::Max, ReduceOp::Product] {
+                let results: Vec<_> = Level::available()
+                    .map(|level| with_lane!(dtype, L => with_op!(op, O => pairs::<L, O>(level, &inputs))))
+                    .collect();
+                assert!(results.iter().all(|result| *result == results[0]), "{op:?} of two {dtype}");
                 for (count, divide) in [(1, 1.0), (2, 1.0), (2, 2.0), (3, 3.0), (4, 7.0)] {
                     let factor = Factor { multiply: 1.0, divide };
                     let results: Vec<_> = Level::available()

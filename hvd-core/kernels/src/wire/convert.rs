@@ -132,15 +132,15 @@ where
     #[inline(always)]
     fn run<I: Isa>(self) {
         let (mut src, mut dst) = (self.src, self.dst);
-        if S::in_groups::<I>() || D::in_groups::<I>() {
+        if let Some(f16c) = S::in_groups::<I>().or(D::in_groups::<I>()) {
             let (froms, from_rest) = src.as_chunks::<GROUP>();
             let (tos, to_rest) = dst.as_chunks_mut::<GROUP>();
             for (to, from) in tos.iter_mut().zip(froms) {
-                let (from, mut values) = (S::load_group(from), [D::Wide::default(); GROUP]);
+                let (from, mut values) = (S::load_group(f16c, from), [D::Wide::default(); GROUP]);
                 for (value, from) in values.iter_mut().zip(from) {
                     *value = D::Wide::leave(self.finish.apply(from.enter()));
                 }
-                D::store_group(&values, to);
+                D::store_group(f16c, &values, to);
             }
             (src, dst) = (from_rest, to_rest);
         }

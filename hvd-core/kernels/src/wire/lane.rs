@@ -3,7 +3,7 @@
 
 use bytemuck::Pod;
 
-use super::simd::Isa;
+use super::simd::{F16c, Isa};
 use super::sixteen;
 
 /// Elements that are converted at once, where that is faster than one by one.
@@ -20,23 +20,23 @@ pub(crate) trait Lane: 'static {
     /// Rounds to an element. Of a NaN neither sign nor payload is kept: which one a sum of two has depends on how the
     /// compiler ordered the operands, so ranks would differ.
     fn store(value: Self::Wide) -> Self::Bytes;
-    /// Whether `I` has instructions for groups; otherwise the compiler makes the best of single elements.
+    /// What `I` has for groups, if anything; otherwise the compiler makes the best of single elements.
     #[inline(always)]
-    fn in_groups<I: Isa>() -> bool {
-        false
+    fn in_groups<I: Isa>() -> Option<F16c> {
+        None
     }
-    /// Reads a group. For [`Lane::in_groups`] only.
+    /// Reads a group.
     #[inline(always)]
-    fn load_group(group: &[Self::Bytes; GROUP]) -> [Self::Wide; GROUP] {
+    fn load_group(_: F16c, group: &[Self::Bytes; GROUP]) -> [Self::Wide; GROUP] {
         let mut wide = [Self::Wide::default(); GROUP];
         for (wide, bytes) in wide.iter_mut().zip(group) {
             *wide = Self::load(*bytes);
         }
         wide
     }
-    /// Rounds to a group. For [`Lane::in_groups`] only.
+    /// Rounds to a group.
     #[inline(always)]
-    fn store_group(values: &[Self::Wide; GROUP], group: &mut [Self::Bytes; GROUP]) {
+    fn store_group(_: F16c, values: &[Self::Wide; GROUP], group: &mut [Self::Bytes; GROUP]) {
         for (bytes, value) in group.iter_mut().zip(values) {
             *bytes = Self::store(*value);
         }
@@ -281,12 +281,34 @@ pub(crate) mod lanes {
     pub(crate) enum Bool {}
 }
 
+/// How a lane of binary16 converts groups.
+macro_rules! groups {
+    () => {
+        #[inline(always)]
+        fn in_groups<I: Isa>() -> Option<F16c> {
+            I::F16C
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn load_group(_: F16c, group: &[[u8; 2]; GROUP]) -> [f32; GROUP] {
+            // SAFETY: the caller has proof that the CPU has F16C.
+            unsafe { sixteen::widen_f16_group(group) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn store_group(_: F16c, values: &[f32; GROUP], group: &mut [[u8; 2]; GROUP]) {
+            // SAFETY: as above.
+            unsafe { sixteen::narrow_f16_group(values, group) };
+        }
+    };
+}
+
 // Expressions rather than closures: a closure cannot be marked to be inlined always, and where it is not, the loop
 // around it stays scalar.
 macro_rules! lane {
-    ($lane:ident: $bytes:ty => $wide:ty, $from:ident => $load:expr, $value:ident => $store:expr $(, $($groups:item)*)?) => {
+    ($lane:ident: $bytes:ty => $wide:ty, $from:ident => $load:expr, $value:ident => $store:expr $(, $groups:ident)?) => {
         impl Lane for lanes::$lane {
-            $($($groups)*)?
+            $($groups!();)?
             type Bytes = $bytes;
             type Wide = $wide;
             #[inline(always)]
@@ -305,24 +327,7 @@ macro_rules! lane {
 }
 
 lane!(F16: [u8; 2] => f32,
-b => sixteen::widen_f16(u16::from_ne_bytes(b)), v => sixteen::narrow_f16(v).to_ne_bytes(),
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn in_groups<I: Isa>() -> bool {
-    I::F16C
-}
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn load_group(group: &[[u8; 2]; GROUP]) -> [f32; GROUP] {
-    // SAFETY: this is for instruction sets with F16C.
-    unsafe { sixteen::widen_f16_group(group) }
-}
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn store_group(values: &[f32; GROUP], group: &mut [[u8; 2]; GROUP]) {
-    // SAFETY: as above.
-    unsafe { sixteen::narrow_f16_group(values, group) };
-});
+    b => sixteen::widen_f16(u16::from_ne_bytes(b)), v => sixteen::narrow_f16(v).to_ne_bytes(), groups);
 lane!(BF16: [u8; 2] => f32,
     b => sixteen::widen_bf16(u16::from_ne_bytes(b)), v => sixteen::narrow_bf16(v).to_ne_bytes());
 lane!(F32: [u8; 4] => f32,

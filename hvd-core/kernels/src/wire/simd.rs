@@ -12,9 +12,13 @@ pub(crate) trait Kernel {
 
 /// What a loop may use besides plain Rust.
 pub(crate) trait Isa {
-    /// Whether there are the instructions that convert eight binary16 at once.
-    const F16C: bool;
+    /// The instructions that convert eight binary16 at once, where there are any.
+    const F16C: Option<F16c>;
 }
+
+/// Proof that the code in hand is compiled for F16C, and the CPU has it.
+#[derive(Clone, Copy)]
+pub(crate) struct F16c(());
 
 /// Nothing.
 enum Plain {}
@@ -24,12 +28,12 @@ enum Plain {}
 enum Avx {}
 
 impl Isa for Plain {
-    const F16C: bool = false;
+    const F16C: Option<F16c> = None;
 }
 
 #[cfg(target_arch = "x86_64")]
 impl Isa for Avx {
-    const F16C: bool = true;
+    const F16C: Option<F16c> = Some(F16c(()));
 }
 
 /// What a kernel can be compiled for.

@@ -1,7 +1,7 @@
 //! Time and bandwidth of named operations, as the engine carries them out.
 //!
 //! Measured as other libraries are in `benches/peers`: before each iteration the buffer is filled anew and a barrier passed
-//! (twice, so that nobody is just waking up); an iteration's time is that of its slowest rank; the median over the
+//! twice, so that nobody is just waking up; an iteration's time is that of its slowest rank; the median over the
 //! iterations counts.
 
 mod args;
