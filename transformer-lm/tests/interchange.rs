@@ -375,7 +375,7 @@ fn an_imported_model_is_trained_on_and_not_resumed() {
     let ids = some_ids(256, 12);
     assert!(distance(&logits(&lab.load("runs").0, &ids), &logits(&lab.load("back").0, &ids)) < 1e-5);
     let error = String::from_utf8(train(&["--resume", "back"]).stderr).unwrap();
-    assert!(error.contains("the checkpoint was imported") && error.contains("training.init_from"), "{error}");
+    assert!(error.contains("it was imported") && error.contains("training.init_from"), "{error}");
 }
 
 /// `transformers`' logits of a folder, for these ids.

@@ -149,19 +149,15 @@ impl World {
     }
 
     fn on_threads<R: Send>(size: usize, config: &Config, share: bool, rank: impl Fn(World) -> R + Sync) -> Vec<R> {
-        let run = |transport: ThreadTransport| match bootstrap::thread_rank(transport, config, share) {
-            Ok(world) => rank(world),
-            Err(error) => panic!("a rank on a thread did not start: {error}"),
-        };
         if let Some(path) = &config.timeline {
             drop(std::fs::remove_file(path));
         }
-        std::thread::scope(|scope| {
-            let ranks = ThreadTransport::world(size).into_iter();
-            let threads: Vec<_> = ranks.map(|transport| scope.spawn(|| run(transport))).collect();
-            let results = threads.into_iter().map(|thread| thread.join());
-            results.map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-        })
+        let start = |transport| match bootstrap::thread_rank(transport, config, share) {
+            Ok(world) => world,
+            Err(error) => panic!("a rank on a thread did not start: {error}"),
+        };
+        // All first start: to a rank that has not, one that leaves at once would be lost before there is a world.
+        on_threads_each(on_threads_each(ThreadTransport::world(size), start), rank)
     }
 
     /// This rank among those of its host.
@@ -325,4 +321,17 @@ impl std::fmt::Debug for World {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "World(rank {} of {}, {})", self.rank(), self.size(), self.backend())
     }
+}
+
+/// Runs `body` for each item on a thread of its own, and gives what they gave, in order.
+///
+/// # Panics
+/// If it panics on any of them.
+fn on_threads_each<T: Send, R: Send>(items: Vec<T>, body: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let body = &body;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = items.into_iter().map(|item| scope.spawn(move || body(item))).collect();
+        let results = threads.into_iter().map(|thread| thread.join());
+        results.map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
 }

@@ -97,7 +97,8 @@ fn main() -> Result<()> {
         Command::Conformance { expect_backend, seed, cases } => {
             let backend = world.backend().to_string();
             ensure!(backend == expect_backend, "served by {backend}, expected {expect_backend}");
-            let enabled = [("shm", world.shm_enabled()), ("tcp", world.tcp_enabled()), ("mpi", world.mpi_enabled())];
+            let (shm, tcp, mpi) = (world.shm_enabled(), world.tcp_enabled(), world.mpi_enabled());
+            let enabled = [("shm", shm), ("tcp", tcp), ("mpi", mpi), ("hierarchical", shm && (tcp || mpi))];
             let says = enabled.iter().any(|(name, enabled)| *name == backend && *enabled);
             ensure!(says || world.size() == 1, "{backend} is not among what is said to be enabled: {enabled:?}");
             conformance::run(&world, seed, cases)?;
