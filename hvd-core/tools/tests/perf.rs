@@ -109,9 +109,9 @@ fn wrong_arguments_end_with_what_to_do() {
 
 #[test]
 fn another_backend_than_asked_for_is_refused() {
-    let outputs = Command::new(env!("CARGO_BIN_EXE_hvd-perf"))
-        .args(["allreduce", "--backend", "mpi", "-e", "4K"])
-        .envs([("HVD_RANK", "0"), ("HVD_SIZE", "2"), ("HVD_START_TIMEOUT", "0.2"), ("HVD_MPI_PLUGIN", "missing.so")])
+    let outputs = Command::new(env!("CARGO_BIN_EXE_hvdrun"))
+        .args(["-np", "2", env!("CARGO_BIN_EXE_hvd-perf"), "allreduce", "--backend", "mpi", "-e", "4K"])
+        .env("HVD_MPI_PLUGIN", "missing.so")
         .output()
         .unwrap();
     assert_eq!(outputs.status.code(), Some(1));
