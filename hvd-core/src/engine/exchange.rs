@@ -38,14 +38,6 @@ impl Exchange {
         }
     }
 
-    /// Whether a round is under way.
-    pub fn is_active(&self) -> bool {
-        match self {
-            Exchange::Messages(rounds) => rounds.is_active(),
-            Exchange::Board { active, .. } => active.is_some(),
-        }
-    }
-
     /// Whether it is time to [`Exchange::begin`]: no round is under way, and this rank wants one or another rank began one.
     pub fn is_due(&mut self, transport: &mut dyn Transport, wanted: bool) -> Result<bool> {
         match self {

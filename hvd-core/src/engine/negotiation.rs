@@ -50,7 +50,7 @@ struct Waiting {
     sequence: u64,
     /// When the stall inspector first saw it.
     seen: Option<Instant>,
-    /// The round after which it is known of every rank whether it has this tensor: not while it is but a bit.
+    /// The round after which it is known of every rank whether it has this tensor; `None` if no rank had it as a bit.
     counted: Option<u64>,
 }
 
@@ -228,11 +228,9 @@ impl Negotiation {
             }
         }
         self.cached.retain(|_, name| {
-            let Some(waiting) = self.waiting.get_mut(name) else { return true };
+            let Some(waiting) = self.waiting.get(name) else { return true };
             let waits = waiting.seen.is_none_or(|seen| now.duration_since(seen) < age);
             if !waits {
-                // The round of the announcement, the others' answer, and the one that may be under way.
-                waiting.counted = Some(self.rounds + 2 + u64::from(self.exchange.is_active()));
                 self.unannounced.push(std::mem::take(name));
                 self.news = true;
             }
@@ -319,8 +317,13 @@ impl Negotiation {
             true => *known = announcement,
             false => known.merge(announcement),
         }
-        // Who had it as a bit announces it in the next round: so there must be one.
-        self.news |= evicted.is_some() && !self.is_complete(&name);
+        if evicted.is_some() && !self.is_complete(&name) {
+            // Who had it as a bit announces it in the next round: so there must be one, and it tells who has it.
+            self.news = true;
+            if let Some(waiting) = self.waiting.get_mut(&name) {
+                waiting.counted = Some(self.rounds + 1);
+            }
+        }
         name
     }
 

@@ -293,3 +293,72 @@ impl Waiter for NoWaiter {
 
     fn wake(&self) {}
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::engine::stall::Overdue;
+
+    const AGE: Duration = Duration::from_secs(1);
+
+    impl Simulation {
+        /// Lets all messages arrive, and whoever has something to say say it.
+        fn settle(&mut self) {
+            let mut nobody = HashSet::new();
+            for rank in 0..self.ranks.len() {
+                self.poll(rank, &mut nobody).expect("a round");
+            }
+            while self.arrive() {}
+        }
+
+        /// Lets one message arrive; `false` if there is none.
+        fn arrive(&mut self) -> bool {
+            let arrived = self.air().deliver_next().expect("a message");
+            arrived.is_some_and(|rank| self.poll(rank, &mut HashSet::new()).is_ok())
+        }
+
+        fn overdue(&mut self, rank: usize, now: Instant) -> Vec<Overdue> {
+            self.ranks[rank].overdue(now, AGE)
+        }
+    }
+
+    proptest! {
+        /// Whichever rank looks first, and however far a round of the others has come when the next one looks.
+        #[test]
+        fn a_tensor_agreed_on_before_is_told_overdue_with_the_rank_that_lacks_it(
+            size in 2usize..6,
+            (lacks, looks) in (any::<prop::sample::Index>(), prop::collection::vec((0usize..6, 0usize..8), 0..12)),
+        ) {
+            let lacks = lacks.index(size);
+            let mut world = Simulation::new(size, 16, Network { latency_ns: 1, bandwidth: 1.0 });
+            world.negotiate(&["known".to_string()]).expect("an agreement");
+            let start = Instant::now();
+            for rank in (0..size).filter(|&rank| rank != lacks) {
+                world.ranks[rank].submit("known", signature(), Vec::new());
+                world.overdue(rank, start);
+            }
+            let late = start + 2 * AGE;
+            for (rank, arrivals) in looks {
+                let rank = rank % size;
+                world.overdue(rank, late).iter().for_each(|told| assert_eq!(told.missing, [lacks]));
+                world.poll(rank, &mut HashSet::new()).expect("a round");
+                for _ in 0..arrivals {
+                    world.arrive();
+                }
+            }
+            world.settle(); // the first look of each says in full what was a bit
+            (0..size).for_each(|rank| drop(world.overdue(rank, late)));
+            world.settle();
+            for rank in (0..size).filter(|&rank| rank != lacks) {
+                let told = world.overdue(rank, late);
+                prop_assert_eq!(told.len(), 1, "rank {} of {} is told nothing", rank, size);
+                prop_assert_eq!(&told[0].missing, &[lacks]);
+                prop_assert_eq!(told[0].speaks, rank == usize::from(lacks == 0));
+            }
+        }
+    }
+}
