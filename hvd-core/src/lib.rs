@@ -12,7 +12,7 @@ pub mod logging;
 pub mod memory;
 pub mod topology;
 
-pub use hvd_kernels::{dtype, product, reduce, wire};
+pub use hvd_kernels::{dtype, reduce, wire};
 
 pub mod transport;
 

@@ -27,10 +27,8 @@ impl Autocast {
     /// # Errors
     /// For another kind or device.
     pub fn enter(device: Device, kind: Kind) -> Result<Autocast> {
-        let cuda = match device {
-            Device::Cpu => false,
-            Device::Cuda(_) => true,
-            other => return Err(Error::invalid(format!("autocast knows CPU and CUDA, not {other:?}"))),
+        let Some(cuda) = is_cuda(device) else {
+            return Err(Error::invalid(format!("autocast knows CPU and CUDA, not {device:?}")));
         };
         // c10::ScalarType
         let dtype = match kind {
@@ -39,6 +37,20 @@ impl Autocast {
             other => return Err(Error::invalid(format!("autocast goes to BFloat16 or Half, not {other:?}"))),
         };
         Ok(Autocast { cuda, before: shim::autocast_enter(cuda, dtype)?, _not_send: PhantomData })
+    }
+
+    /// Whether operations on `device` are cast, on the calling thread.
+    pub fn is_on(device: Device) -> bool {
+        is_cuda(device).is_some_and(shim::autocast_enabled)
+    }
+}
+
+/// Whether it is CUDA, of the devices that autocast knows.
+fn is_cuda(device: Device) -> Option<bool> {
+    match device {
+        Device::Cpu => Some(false),
+        Device::Cuda(_) => Some(true),
+        _ => None,
     }
 }
 

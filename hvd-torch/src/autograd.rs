@@ -66,3 +66,22 @@ pub fn backward(roots: &[(&Tensor, Option<&Tensor>)], retain_graph: bool) -> Res
     let (roots, grads): (Vec<_>, Vec<_>) = roots.iter().copied().unzip();
     shim::backward(&roots, &grads, retain_graph)
 }
+
+/// Whether a backward pass will want the gradient of any of these.
+pub fn wanted<'a>(inputs: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    shim::grad_enabled() && inputs.into_iter().any(Tensor::requires_grad)
+}
+
+/// Has a backward pass through `outputs`, which must be new tensors, call `backward` with their gradients; it gives those of
+/// `inputs`, one each. Nothing happens where no gradient is wanted. A second pass is an error unless the first retains the graph:
+/// what `backward` keeps is dropped after it.
+///
+/// # Errors
+/// With torch's reason. What `backward` returns, or that it panicked, is the error of the backward pass.
+pub fn differentiate(
+    inputs: &[&Tensor],
+    outputs: &[Tensor],
+    backward: impl Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + 'static,
+) -> Result<()> {
+    shim::differentiate(inputs, outputs, Box::new(backward))
+}

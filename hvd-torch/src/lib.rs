@@ -35,7 +35,6 @@ mod autocast;
 mod broadcast;
 mod cuda;
 mod distributed;
-pub mod fused;
 mod global;
 pub mod nn;
 pub mod ops;
@@ -57,7 +56,7 @@ pub use global::{
 };
 pub use nn::SyncBatchNorm;
 pub use optim::{AdamW, Optimizer, ParamGroup, ShardedAdamW, TchOptimizer, named_parameters, named_variables};
-pub use random::{Determinism, manual_seed, mix, reseed, set_deterministic, set_num_threads};
+pub use random::{Determinism, manual_seed, mix, parallel_for, reseed, set_deterministic, set_num_threads};
 pub use sampler::DistributedSampler;
 
 pub use hvd_core::{

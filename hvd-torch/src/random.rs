@@ -1,5 +1,7 @@
 //! Seeds and determinism.
 
+use std::ops::Range;
+
 use crate::error::Result;
 use crate::shim;
 
@@ -54,6 +56,14 @@ pub fn set_deterministic(determinism: Determinism) -> Result<()> {
 /// everything several times slower.
 pub fn set_num_threads(threads: usize) {
     tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
+}
+
+/// Runs `body` for ranges that cover `0..count`, of at least `grain` each (but the last), on the threads that torch computes with.
+///
+/// # Errors
+/// If `body` panics, which is caught; the other ranges are served all the same.
+pub fn parallel_for(count: usize, grain: usize, body: &(dyn Fn(Range<usize>) + Sync)) -> Result<()> {
+    shim::parallel_for(count, grain, body)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hvd_core::Memory;
 use tch::Tensor;
@@ -340,16 +341,27 @@ impl AdamWLists {
     }
 }
 
-/// Runs `body` for ranges that cover `0..count`, of at least `grain` each (but the last), on torch's threads.
+/// See [`crate::parallel_for`].
 pub(crate) fn parallel_for(count: usize, grain: usize, body: &(dyn Fn(Range<usize>) + Sync)) -> Result<()> {
-    extern "C" fn call(context: *mut c_void, begin: i64, end: i64) {
-        // SAFETY: the context is the reference below, which outlives the call.
-        let body = unsafe { *context.cast::<&(dyn Fn(Range<usize>) + Sync)>() };
-        body(begin as usize..end as usize);
+    struct Call<'a> {
+        body: &'a (dyn Fn(Range<usize>) + Sync),
+        panicked: AtomicBool,
     }
-    let context = (&raw const body).cast_mut().cast();
-    // SAFETY: `body` may be called from several threads at once, and has returned everywhere when this does.
-    check(unsafe { hvd_parallel_for(count as i64, grain as i64, call, context) })
+    extern "C" fn run(context: *mut c_void, begin: i64, end: i64) {
+        // SAFETY: the context is the value below, which outlives the loop; threads only read it.
+        let call = unsafe { &*context.cast::<Call>() };
+        if catch_unwind(AssertUnwindSafe(|| (call.body)(begin as usize..end as usize))).is_err() {
+            call.panicked.store(true, Ordering::Relaxed);
+        }
+    }
+    let call = Call { body, panicked: AtomicBool::new(false) };
+    let context = (&raw const call).cast_mut().cast();
+    // SAFETY: `run` may be called from several threads at once, and has returned everywhere when this does.
+    check(unsafe { hvd_parallel_for(count as i64, grain as i64, run, context) })?;
+    match call.panicked.into_inner() {
+        false => Ok(()),
+        true => Err(Error::invalid("a part of a loop panicked; the message is above")),
+    }
 }
 
 pub(crate) fn set_deterministic(on: bool, warn_only: bool) -> Result<()> {

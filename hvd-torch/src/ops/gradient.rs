@@ -4,13 +4,9 @@ use hvd_core::{Allreduce, ProcessSet, ReduceOp};
 use tch::Tensor;
 
 use super::{allgather, allreduce, alltoall, grouped_allgather, grouped_allreduce};
+use crate::autograd::differentiate;
+pub(super) use crate::autograd::wanted;
 use crate::error::{Error, Result};
-use crate::shim::{BackwardFn, differentiate, grad_enabled};
-
-/// Whether a backward pass will want the gradient of any of these.
-pub(super) fn wanted<'a>(inputs: impl IntoIterator<Item = &'a Tensor>) -> bool {
-    grad_enabled() && inputs.into_iter().any(Tensor::requires_grad)
-}
 
 /// Refuses a reduction through which no gradient goes.
 pub(super) fn check(name: &str, options: Allreduce) -> Result<()> {
@@ -122,8 +118,7 @@ fn attach(
     output: &Tensor,
     backward: impl Fn(&Tensor) -> Result<Tensor> + Send + 'static,
 ) -> Result<()> {
-    let backward: BackwardFn = Box::new(move |grads| Ok(vec![backward(&grads[0])?]));
-    differentiate(&[input], std::slice::from_ref(output), backward)
+    differentiate(&[input], std::slice::from_ref(output), move |grads| Ok(vec![backward(&grads[0])?]))
 }
 
 /// The name of an operation's backward pass.

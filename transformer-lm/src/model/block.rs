@@ -3,10 +3,10 @@
 //! Letters in shape comments: `B` sequences, `T` tokens given, `S` tokens seen (with those in the cache), `D` width,
 //! `H` heads, `hs` width of a head, `F` feed-forward width.
 
-use hvd_torch::fused;
 use tch::{Tensor, nn};
 
 use super::cache::LayerCache;
+use super::fused;
 use super::init::Init;
 use super::narrow::NarrowWeight;
 use super::{ModelConfig, STD};

@@ -22,6 +22,7 @@ mod block;
 mod cache;
 mod config;
 mod decode;
+pub mod fused;
 mod init;
 mod loss;
 mod narrow;

@@ -2,7 +2,7 @@
 
 use bytemuck::cast_slice_mut;
 use half::bf16;
-use hvd_core::product::multiply;
+use lm_kernels::multiply;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 

@@ -3,8 +3,8 @@
 use std::marker::PhantomData;
 
 use crate::dtype::DType;
+use crate::simd::{Isa, Kernel, dispatch};
 use crate::wire::lane::{Lane, lanes};
-use crate::wire::simd::{Isa, Kernel, dispatch};
 use crate::wire::sixteen;
 
 /// Partial sums of an inner product. A fixed number, so that the bits do not depend on the CPU's vectors.

@@ -2,8 +2,8 @@
 
 use std::marker::PhantomData;
 
+use crate::simd::{F16c, Isa, Kernel};
 use crate::wire::lane::{Finish, GROUP, Lane, Number};
-use crate::wire::simd::{F16c, Isa, Kernel};
 
 /// Elements whose results are gathered at a time: their accumulators (at most 8 bytes each) stay in the first-level
 /// cache beside the inputs.

@@ -14,8 +14,8 @@ use std::marker::PhantomData;
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::DType;
+use crate::simd::dispatch;
 use crate::wire::lane::{Factor, Lane, Number, with_lane};
-use crate::wire::simd::dispatch;
 pub use adasum::{Products, blend};
 use kernels::{Accumulate, Combine, Gather, Greatest, Least, Meet, Plus, Times};
 pub use neutral::fill_neutral;
@@ -174,7 +174,7 @@ fn check(op: ReduceOp, dtype: DType, into: &[u8], from: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::simd::{Level, dispatch_at};
+    use crate::simd::{Level, dispatch_at};
 
     /// Any bit patterns, numbers of moderate size among them.
     fn patterns(seed: u64, len: usize) -> Vec<u8> {

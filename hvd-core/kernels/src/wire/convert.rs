@@ -3,9 +3,9 @@
 use std::marker::PhantomData;
 
 use super::lane::{Factor, Finish, GROUP, Keep, Lane, Number, lanes, with_lane};
-use super::simd::{Isa, Kernel, dispatch};
 use super::sixteen;
 use crate::dtype::DType;
+use crate::simd::{Isa, Kernel, dispatch};
 
 /// Copies elements of one float type to another, multiplied by `factor`: f32 and f64 to f16 and bf16 and back. Between
 /// equal types it is a plain copy for a factor of 1, works for all of them, and integers ignore the factor.

@@ -3,8 +3,8 @@
 
 use bytemuck::Pod;
 
-use super::simd::{F16c, Isa};
 use super::sixteen;
+use crate::simd::{F16c, Isa};
 
 /// Elements that are converted at once, where that is faster than one by one.
 pub(crate) const GROUP: usize = 8;

@@ -2,7 +2,6 @@
 
 mod convert;
 pub(crate) mod lane;
-pub(crate) mod simd;
 pub(crate) mod sixteen;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +10,7 @@ use crate::dtype::DType;
 
 pub(crate) use convert::finish;
 pub use convert::{convert, scale};
+pub use sixteen::widen_bf16;
 
 /// What f32 and f64 elements are narrowed to while they travel. Other dtypes travel as they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -49,7 +49,7 @@ pub(crate) fn narrow_f16(value: f32) -> u16 {
 
 /// The f32 of a bfloat16.
 #[inline(always)]
-pub(crate) fn widen_bf16(half: u16) -> f32 {
+pub fn widen_bf16(half: u16) -> f32 {
     f32::from_bits(u32::from(half) << 16)
 }
 

@@ -5,20 +5,20 @@
 
 /// A loop over elements. [`Kernel::run`] and all that it calls must be `#[inline(always)]`, or else they are compiled
 /// for the baseline only.
-pub(crate) trait Kernel {
+pub trait Kernel {
     /// Runs the loop, compiled for `I`.
     fn run<I: Isa>(self);
 }
 
 /// What a loop may use besides plain Rust.
-pub(crate) trait Isa {
+pub trait Isa {
     /// The instructions that convert eight binary16 at once, where there are any.
     const F16C: Option<F16c>;
 }
 
 /// Proof that the code in hand is compiled for F16C, and the CPU has it.
 #[derive(Clone, Copy)]
-pub(crate) struct F16c(());
+pub struct F16c(());
 
 /// Nothing.
 enum Plain {}
@@ -38,7 +38,7 @@ impl Isa for Avx {
 
 /// What a kernel can be compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Level {
+pub enum Level {
     /// What every CPU of the architecture has.
     Baseline,
     /// 256-bit vectors of all types.
@@ -52,7 +52,7 @@ pub(crate) enum Level {
 impl Level {
     /// The best that this CPU has.
     #[inline]
-    fn best() -> Self {
+    pub fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             use std::is_x86_feature_detected as has;
@@ -64,9 +64,8 @@ impl Level {
         Level::Baseline
     }
 
-    /// All that this CPU has.
-    #[cfg(test)]
-    pub(crate) fn available() -> impl Iterator<Item = Level> {
+    /// All that this CPU has: for tests that compare them.
+    pub fn available() -> impl Iterator<Item = Level> {
         let all = [
             Level::Baseline,
             #[cfg(target_arch = "x86_64")]
@@ -80,7 +79,7 @@ impl Level {
 
 /// Runs the kernel compiled for the best instruction set that this CPU has.
 #[inline]
-pub(crate) fn dispatch<K: Kernel>(kernel: K) {
+pub fn dispatch<K: Kernel>(kernel: K) {
     dispatch_at(Level::best(), kernel);
 }
 
@@ -89,7 +88,7 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) {
 /// # Panics
 /// If the CPU does not have it.
 #[inline]
-pub(crate) fn dispatch_at<K: Kernel>(level: Level, kernel: K) {
+pub fn dispatch_at<K: Kernel>(level: Level, kernel: K) {
     assert!(level <= Level::best(), "no {level:?} here");
     match level {
         Level::Baseline => kernel.run::<Plain>(),

@@ -1,13 +1,14 @@
 //! The loss of a language model's head, without its logits: some rows' logits at a time become a loss and the gradients of the hidden
 //! states and of the weights, and are forgotten (Hsu et al., 2024, Liger kernel).
 
-use hvd_kernels::neural::{self, Loss, Target};
-use tch::{Kind, Tensor};
+use hvd_torch::autograd::{differentiate, wanted};
+use hvd_torch::{Autocast, parallel_for};
+use lm_kernels::{Loss, Target};
+use tch::{Device, Kind, Tensor};
 
 use super::is_served;
 use super::span::Span;
-use crate::error::{Error, Result};
-use crate::shim::{autocast_enabled, differentiate, grad_enabled, parallel_for};
+use crate::{Error, Result};
 
 /// The most elements of the logits that exist at a time: 128 MiB. With fewer rows the gradient of the weights, which every piece is
 /// added to, would take more time to read and write than to compute.
@@ -44,16 +45,17 @@ pub fn linear_cross_entropy(
     targets: &Tensor,
     options: HeadOptions,
 ) -> Result<Option<HeadLoss>> {
-    if !is_served(hidden) || !is_served(weight) || autocast_enabled(false) {
+    if !is_served(hidden) || !is_served(weight) || Autocast::is_on(Device::Cpu) {
         return Ok(None);
     }
-    let &[vocabulary, width] = &weight.size()[..] else { return Err(misfit(hidden, weight, targets)) };
-    let rows = hidden.size()[0];
-    if hidden.size() != [rows, width] || targets.size() != [rows] || targets.kind() != Kind::Int64 {
+    let (&[rows, width], &[vocabulary, same]) = (&hidden.size()[..], &weight.size()[..]) else {
+        return Err(misfit(hidden, weight, targets));
+    };
+    if width != same || targets.size() != [rows] || targets.kind() != Kind::Int64 {
         return Err(misfit(hidden, weight, targets));
     }
     let targets = read_targets(targets, vocabulary, options.ignore_index)?;
-    let wanted = grad_enabled() && (hidden.requires_grad() || weight.requires_grad());
+    let wanted = wanted([hidden, weight]);
     let pieces = targets.len().div_ceil((LOGITS / vocabulary as usize).max(1));
     let rows = targets.len().div_ceil(pieces);
     let mut head = Head::new(hidden.detach(), weight.detach(), rows, options, wanted)?;
@@ -66,20 +68,20 @@ pub fn linear_cross_entropy(
             let factor = grads[0].double_value(&[]);
             gradients.iter().map(|gradient| Ok(gradient.f_mul_scalar(factor)?)).collect()
         };
-        differentiate(&[hidden, weight], std::slice::from_ref(&loss), Box::new(backward))?;
+        differentiate(&[hidden, weight], std::slice::from_ref(&loss), backward)?;
     }
     Ok(Some(HeadLoss { loss, correct: options.count_correct.then_some(head.correct) }))
 }
 
 fn misfit(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Error {
-    Error::invalid(format!("{hidden:?} against {targets:?} does not fit a head of {weight:?}"))
+    Error::Config(format!("{hidden:?} against {targets:?} does not fit a head of {weight:?}"))
 }
 
 fn read_targets(targets: &Tensor, vocabulary: i64, ignore_index: i64) -> Result<Vec<Target>> {
     let read = |target: i64| match target {
         target if target == ignore_index => Ok(None),
         target if (0..vocabulary).contains(&target) => Ok(Some(target as usize)),
-        other => Err(Error::invalid(format!("the target {other} is not in a vocabulary of {vocabulary}"))),
+        other => Err(Error::Config(format!("the target {other} is not in a vocabulary of {vocabulary}"))),
     };
     Vec::<i64>::try_from(targets)?.into_iter().map(read).collect()
 }
@@ -138,8 +140,9 @@ impl Head {
                 let losses = losses.write(start + range.start..start + range.end);
                 (logits.write(range.start * columns..range.end * columns), losses)
             };
-            neural::cross_entropy(logits, columns, &targets[range], loss, losses);
-        })
+            lm_kernels::cross_entropy(logits, columns, &targets[range], loss, losses);
+        })?;
+        Ok(())
     }
 }
 

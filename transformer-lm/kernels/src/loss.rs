@@ -2,7 +2,7 @@
 
 use super::exp::exp;
 use super::{fold, greatest};
-use crate::wire::simd::{Isa, Kernel, dispatch};
+use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
 /// What a row is to predict: a column; none for a row that is left out.
 pub type Target = Option<usize>;
@@ -76,7 +76,7 @@ fn fold_wide(row: &[f32], f: impl Fn(f32) -> f32 + Copy) -> f64 {
 mod tests {
     use super::super::tests::{check_levels, numbers};
     use super::*;
-    use crate::wire::simd::dispatch_at;
+    use hvd_kernels::simd::dispatch_at;
 
     #[test]
     fn every_instruction_set_gives_the_same_bits() {

@@ -2,7 +2,8 @@
 
 use half::bf16;
 
-use crate::wire::simd::{Isa, Kernel, dispatch};
+use hvd_kernels::simd::{Isa, Kernel, dispatch};
+use hvd_kernels::wire::widen_bf16;
 
 /// Sums that are kept side by side, so that the compiler can use vectors; a fixed number, so that the order of summation is the same
 /// on every CPU.
@@ -47,23 +48,17 @@ fn dot(row: &[bf16], vector: &[f32]) -> f32 {
     let (vector, vector_rest) = vector.as_chunks::<LANES>();
     for (a, b) in row.iter().zip(vector) {
         for lane in 0..LANES {
-            sums[lane] += widen(a[lane]) * b[lane];
+            sums[lane] += widen_bf16(a[lane].to_bits()) * b[lane];
         }
     }
-    let rest: f32 = row_rest.iter().zip(vector_rest).map(|(a, b)| widen(*a) * b).sum();
+    let rest: f32 = row_rest.iter().zip(vector_rest).map(|(a, b)| widen_bf16(a.to_bits()) * b).sum();
     sums.iter().sum::<f32>() + rest
-}
-
-/// A bf16 is the upper half of an f32.
-#[inline(always)]
-fn widen(value: bf16) -> f32 {
-    f32::from_bits(u32::from(value.to_bits()) << 16)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::simd::{Level, dispatch_at};
+    use hvd_kernels::simd::{Level, dispatch_at};
 
     /// Small whole numbers, so that every sum is exact.
     fn whole(i: usize) -> f32 {

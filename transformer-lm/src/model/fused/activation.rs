@@ -1,12 +1,12 @@
 //! GELU.
 
-use hvd_kernels::neural;
+use hvd_torch::autograd::differentiate;
+use hvd_torch::parallel_for;
 use tch::Tensor;
 
 use super::is_served;
 use super::span::Span;
-use crate::error::Result;
-use crate::shim::{differentiate, parallel_for};
+use crate::Result;
 
 /// Elements that are worth a thread.
 const GRAIN: usize = 1 << 13;
@@ -24,21 +24,21 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     let (from, to) = (Span::of(&x_values), Span::of(&out));
     parallel_for(x.numel(), GRAIN, &|range| {
         // SAFETY: `x` is read by all, and each range of `out` is written by one thread; so below.
-        unsafe { neural::gelu(from.read(range.clone()), to.write(range)) };
+        unsafe { lm_kernels::gelu(from.read(range.clone()), to.write(range)) };
     })?;
     let out = [out];
-    differentiate(&[x], &out, Box::new(move |grads| Ok(vec![backward(&x_values, &grads[0])?])))?;
+    differentiate(&[x], &out, move |grads| Ok(vec![backward(&x_values, &grads[0])?]))?;
     let [out] = out;
     Ok(out)
 }
 
-fn backward(x: &Tensor, grad: &Tensor) -> Result<Tensor> {
+fn backward(x: &Tensor, grad: &Tensor) -> hvd_torch::Result<Tensor> {
     let grad = grad.f_contiguous()?;
     let out = x.f_empty_like()?;
     let (x, given, to) = (Span::of(x), Span::of(&grad), Span::of(&out));
     parallel_for(out.numel(), GRAIN, &|range| {
         // SAFETY: as above.
-        unsafe { neural::gelu_backward(x.read(range.clone()), given.read(range.clone()), to.write(range)) };
+        unsafe { lm_kernels::gelu_backward(x.read(range.clone()), given.read(range.clone()), to.write(range)) };
     })?;
     Ok(out)
 }

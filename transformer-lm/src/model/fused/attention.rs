@@ -1,13 +1,13 @@
 //! Causal attention that reads queries, keys and values where they lie, computes no score of a key that is not seen (but within a
 //! block), and keeps no weights: the backward pass computes them again from each row's sum (Dao et al., 2022, FlashAttention).
 
-use hvd_kernels::neural;
+use hvd_torch::autograd::differentiate;
+use hvd_torch::parallel_for;
 use tch::{Kind, Tensor};
 
 use super::is_served;
 use super::span::{Matrix, Span};
-use crate::error::{Error, Result};
-use crate::shim::{differentiate, parallel_for};
+use crate::{Error, Result};
 
 /// Queries whose scores are computed at a time.
 const BLOCK: usize = 64;
@@ -31,7 +31,7 @@ pub fn causal_attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
     let out_values = out.detach();
     let out = [out];
     let backward = move |grads: &[Tensor]| Ok(vec![shape.backward(&qkv_values, &out_values, &log_sums, &grads[0])?]);
-    differentiate(&[qkv], &out, Box::new(backward))?;
+    differentiate(&[qkv], &out, backward)?;
     let [out] = out;
     Ok(out)
 }
@@ -79,13 +79,14 @@ impl Shape {
     fn of(qkv: &Tensor, heads: usize) -> Result<Shape> {
         let size = qkv.size();
         let wrong = || {
-            Error::invalid(format!(
-                "queries, keys and values of {size:?}; expected (B, T, 3·D), D a multiple of {heads}"
+            Error::Config(format!(
+                "queries, keys and values of {size:?}; expected (B, T, 3·D), D a multiple of {heads}, T and 3·D below 2³¹"
             ))
         };
         let &[b, t, width] = &size[..] else { return Err(wrong()) };
+        let fits_blas = t.max(width) <= i32::MAX.into();
         let (b, t, d) = (b as usize, t as usize, width as usize / 3);
-        match heads > 0 && b * t * d > 0 && 3 * d == width as usize && d.is_multiple_of(heads) {
+        match fits_blas && heads > 0 && b * t * d > 0 && 3 * d == width as usize && d.is_multiple_of(heads) {
             true => Ok(Shape { b, t, d, heads }),
             false => Err(wrong()),
         }
@@ -116,7 +117,7 @@ impl Shape {
         out.matrix(head.out + from * self.d, to - from, self.width(), self.d)
     }
 
-    fn forward(&self, qkv: &Tensor, out: &Tensor, log_sums: &Tensor) -> Result<()> {
+    fn forward(&self, qkv: &Tensor, out: &Tensor, log_sums: &Tensor) -> hvd_torch::Result<()> {
         let (qkv, out, log_sums) = (Span::of(qkv), Span::of(out), Span::of(log_sums));
         parallel_for(self.b * self.heads, 1, &|range| {
             let mut scores = vec![0.0; BLOCK.min(self.t) * self.t];
@@ -131,7 +132,7 @@ impl Shape {
                         let (q, k) = (self.part(&qkv, &head, 0, from, to), self.part(&qkv, &head, 1, 0, to));
                         weights.product(self.scale(), q, k.t(), 0.0);
                         let sums = log_sums.write(head.row + from..head.row + to);
-                        neural::causal_softmax(block, to, from, sums);
+                        lm_kernels::causal_softmax(block, to, from, sums);
                         let weights = Matrix::of(block, to);
                         self.result(&out, &head, from, to).product(1.0, weights, self.part(&qkv, &head, 2, 0, to), 0.0);
                     }
@@ -140,7 +141,7 @@ impl Shape {
         })
     }
 
-    fn backward(&self, qkv: &Tensor, out: &Tensor, log_sums: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    fn backward(&self, qkv: &Tensor, out: &Tensor, log_sums: &Tensor, grad: &Tensor) -> hvd_torch::Result<Tensor> {
         let grad = grad.f_contiguous()?;
         let result = qkv.f_empty_like()?;
         let dots = self.dots(out, &grad)?; // (B, H, T)
@@ -163,10 +164,17 @@ impl Shape {
                         let outside = self.result(&grad, &head, from, to);
                         let rows = head.row + from..head.row + to;
                         Matrix::of(block, to).product(self.scale(), q, k.t(), 0.0);
-                        neural::causal_weights(block, to, from, log_sums.read(rows.clone()));
+                        lm_kernels::causal_weights(block, to, from, log_sums.read(rows.clone()));
                         grad_of(2, 0).product(1.0, Matrix::of(block, to).t(), outside, kept);
                         Matrix::of(block_grads, to).product(1.0, outside, v.t(), 0.0);
-                        neural::causal_softmax_backward(block, block_grads, to, from, dots.read(rows), self.scale());
+                        lm_kernels::causal_softmax_backward(
+                            block,
+                            block_grads,
+                            to,
+                            from,
+                            dots.read(rows),
+                            self.scale(),
+                        );
                         let scores = Matrix::of(block_grads, to);
                         grad_of(0, from).product(1.0, scores, k, 0.0);
                         grad_of(1, 0).product(1.0, scores.t(), q, kept);
@@ -178,7 +186,7 @@ impl Shape {
     }
 
     /// Each row's product of result and gradient, (B, H, T), which is also that of its weights and their gradients.
-    fn dots(&self, out: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    fn dots(&self, out: &Tensor, grad: &Tensor) -> hvd_torch::Result<Tensor> {
         let size = [self.b as i64, self.t as i64, self.heads as i64, self.width() as i64];
         let dots = out.f_mul(grad)?.f_view(&size[..])?.f_sum_dim_intlist(-1, false, Kind::Float)?; // (B, T, H)
         Ok(dots.f_transpose(1, 2)?.f_contiguous()?)

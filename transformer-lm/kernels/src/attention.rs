@@ -5,7 +5,7 @@
 
 use super::exp::exp;
 use super::{fold, greatest};
-use crate::wire::simd::{Isa, Kernel, dispatch};
+use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
 /// Scores to weights, in place, and the logarithm of each row's sum of exponentials to `log_sums`.
 ///
@@ -118,7 +118,7 @@ impl Kernel for Backward<'_> {
 mod tests {
     use super::super::tests::{check_levels, numbers};
     use super::*;
-    use crate::wire::simd::dispatch_at;
+    use hvd_kernels::simd::dispatch_at;
 
     #[test]
     fn every_instruction_set_gives_the_same_bits() {

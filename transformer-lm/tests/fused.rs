@@ -1,8 +1,8 @@
-//! The functions of [`hvd_torch::fused`] against torch's in f64.
+//! The functions of [`transformer_lm::model::fused`] against torch's in f64.
 
-use hvd_torch::fused::{HeadOptions, causal_attention, gelu, linear_cross_entropy};
 use proptest::prelude::*;
 use tch::{Device, Kind, Reduction, Tensor};
+use transformer_lm::model::fused::{HeadOptions, causal_attention, gelu, linear_cross_entropy};
 
 /// Values from `seed`, so that a failing case can be run again.
 fn values(seed: i64, shape: &[i64], scale: f64) -> Tensor {

@@ -3,7 +3,7 @@
 //! x · ½(1 + tanh u) is x · σ(2u), where u = √(2/π) · (x + 0.044715 · x³): one exponential, and no tanh.
 
 use super::exp::exp;
-use crate::wire::simd::{Isa, Kernel, dispatch};
+use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
 /// 2 · √(2/π)
 const TWICE_ROOT: f32 = 1.595_769;
@@ -68,7 +68,7 @@ fn gate(x: f32) -> f32 {
 mod tests {
     use super::super::tests::{check_levels, numbers};
     use super::*;
-    use crate::wire::simd::dispatch_at;
+    use hvd_kernels::simd::dispatch_at;
 
     #[test]
     fn every_instruction_set_gives_the_same_bits() {

@@ -1,15 +1,20 @@
-//! The loops of a neural network that are no matrix products, in f32: GELU, causal softmax, cross-entropy.
+//! The loops of a language model that libtorch's libraries are not the quickest for, in f32: GELU, causal softmax, cross-entropy, and
+//! products with few vectors.
 //!
-//! They do the same operations in the same order on every processor, whatever the width of its vectors.
+//! They do the same operations in the same order on every processor, whatever the width of its vectors. A package of its own so
+//! that a debug build can optimise them.
+#![deny(missing_docs)]
 
 mod activation;
 mod attention;
 mod exp;
 mod loss;
+mod product;
 
 pub use activation::{gelu, gelu_backward};
 pub use attention::{causal_softmax, causal_softmax_backward, causal_weights};
 pub use loss::{Loss, Target, cross_entropy};
+pub use product::multiply;
 
 /// Partial results of a row that are kept side by side, so that a loop over it can use vectors.
 const LANES: usize = 16;
@@ -38,7 +43,7 @@ fn greatest(row: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use crate::wire::simd::Level;
+    use hvd_kernels::simd::Level;
 
     /// Some numbers that are neither equal nor in order.
     pub(super) fn numbers(count: usize) -> Vec<f32> {
