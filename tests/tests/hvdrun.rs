@@ -311,7 +311,7 @@ fn the_ranks_of_a_lost_connection_end() {
 #[test]
 fn a_host_that_cannot_be_reached_is_named() {
     let (_folder, refusing) =
-        stand_in("[ $1 = bad ] && { echo 'Permission denied (publickey)' >&2; exit 255; }; exec sleep 1000");
+        stand_in("[ $1 = bad ] && { exec >&-; echo 'Permission denied (publickey)' >&2; exit 255; }; exec sleep 1000");
     let finished = shells(2, "echo started").launcher_args(["-H", "slow:1,bad:1", "--ssh-command", &refusing]).run();
     assert_code(&finished, 125);
     assert_says(&finished, &["bad: Permission denied", "cannot start rank 1 on the host bad", "ssh bad true"]);

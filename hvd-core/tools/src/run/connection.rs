@@ -24,6 +24,9 @@ const MAX_PREAMBLE_BYTES: u64 = 64 << 10;
 /// How long an agent may take to end after its last word.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// How long the end of its complaints is awaited once it is gone.
+const COMPLAINT_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// What comes from the agent of a host.
 #[derive(Debug)]
 pub enum News {
@@ -61,8 +64,17 @@ impl Connection {
         {
             std::thread::spawn(move || write(stdin, receiver));
             let complaints = report.clone();
-            std::thread::spawn(move || complain(stderr, &complaints, at));
-            std::thread::spawn(move || listen(stdout, &report, at));
+            let (complaining, complained) = channel::<()>();
+            std::thread::spawn(move || {
+                complain(stderr, &complaints, at);
+                drop(complaining);
+            });
+            std::thread::spawn(move || {
+                let gone = listen(stdout, &report, at);
+                // Why it is gone may be under way on its stderr, which what it has left behind may keep open.
+                let _ = complained.recv_timeout(COMPLAINT_TIMEOUT);
+                let _ = report.send(Event::News(at, News::Gone(gone)));
+            });
         }
         Ok(Connection { child, sender: Some(sender) })
     }
@@ -154,16 +166,16 @@ fn complain(stderr: ChildStderr, report: &SyncSender<Event>, at: usize) {
     }
 }
 
-fn listen(stdout: ChildStdout, report: &SyncSender<Event>, at: usize) {
+/// Passes on what the agent says; gives how that ended.
+fn listen(stdout: ChildStdout, report: &SyncSender<Event>, at: usize) -> String {
     let mut stdout = BufReader::new(stdout);
-    let gone = match greet(&mut stdout).and_then(|()| {
+    match greet(&mut stdout).and_then(|()| {
         report.send(Event::News(at, News::Greeted)).ok();
         pass_on(&mut stdout, report, at)
     }) {
         Ok(()) => "it ended".to_string(),
         Err(error) => format!("{error:#}"),
-    };
-    let _ = report.send(Event::News(at, News::Gone(gone)));
+    }
 }
 
 /// Skips what a login shell prints, up to the agent's greeting.
