@@ -2,29 +2,33 @@
 # Generation beside transformers: the same model (of our own making, exported), one core, one sequence, greedy, the key/value cache on.
 # The runs alternate; medians of tokens/s and their ratio are printed, for weights in f32 on both sides and for ours in bf16.
 #
-# usage: scripts/bench_generate.sh [--models "demo gpt2-124m"] [--rounds 3] [--tokens 128]
+# usage: scripts/bench_generate.sh [--install] [--models "demo gpt2-124m"] [--rounds 3] [--tokens 128]
 #
+#   --install  first install torch 2.11.0 and transformers into a virtual environment in .cache/peers/torch (5 GB), which the other
+#              scripts share
 #   --tokens   how many a reply has, as far as the model's context has room
 #   --models   names of configurations in configs/ (default: demo, shakespeare-char, gpt2-124m); each is trained for one update
 #
 # Environment:
-#   HVD_TEST_PYTHON  a Python with torch and transformers (default: the one that scripts/test.sh --full makes in .cache/peers/gloo)
-#   BIN              a folder with the programs lm, train and generate (default: they are built in the release profile)
-#   CORE             the core to run on (default: 0)
+#   TORCH_PYTHON  a Python with torch and transformers (default: that of --install)
+#   BIN           a folder with the programs lm, train and generate (default: they are built in the release profile)
+#   CORE          the core to run on (default: 0)
 #
 # Let nothing else run meanwhile. Exit codes: 0 measured; 1 something failed; 2 wrong usage; 3 Rust is missing; 4 transformers is missing.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/peers.sh
+. "$ROOT/scripts/lib/peers.sh"
 cd "$ROOT"
 
-MODELS="demo shakespeare-char gpt2-124m" ROUNDS=3 TOKENS=128
-PYTHON=${HVD_TEST_PYTHON:-$CACHE/peers/gloo/bin/python}
+MODELS="demo shakespeare-char gpt2-124m" ROUNDS=3 TOKENS=128 INSTALL=no
 readonly PROMPT_TOKENS=16
 
 main() {
     while [ $# -gt 0 ]; do
         case $1 in
+            --install) INSTALL=yes ;;
             --models) MODELS=${2:?} && shift ;;
             --rounds) ROUNDS=${2:?} && shift ;;
             --tokens) TOKENS=${2:?} && shift ;;
@@ -33,9 +37,9 @@ main() {
         esac
         shift
     done
-    "$PYTHON" -c 'import torch, transformers' 2>/dev/null ||
-        die $EXIT_PACKAGES "$PYTHON has no transformers" "scripts/test.sh --full installs it, or set HVD_TEST_PYTHON"
-    [ -n "${BIN:-}" ] || build
+    [ $INSTALL = no ] || install_torch
+    need_torch torch transformers
+    programs lm train generate
     export OMP_NUM_THREADS=1
     WORK=$(mktemp -d) && trap 'rm -rf "$WORK"' EXIT
     local model
@@ -44,14 +48,6 @@ main() {
         measure "$model"
         rm -rf "${WORK:?}/$model"
     done
-}
-
-build() {
-    find_cargo || die $EXIT_RUST "cargo is missing"
-    step "Building"
-    cargo build --release --locked --workspace --bin lm --bin train --bin generate
-    BIN=$TARGET/release
-    done_ "built"
 }
 
 # A checkpoint in the shape of a configuration, and its folder for transformers.
@@ -73,15 +69,15 @@ make_model() {
 }
 
 measure() {
-    local model=$1 round new room
+    local model=$1 new room
     # transformers has no window that slides.
     room=$(($(sed -n 's/^ *max_seq_len: *\([0-9]*\).*/\1/p' "configs/$1.yaml") - PROMPT_TOKENS))
     new=$((TOKENS < room ? TOKENS : room))
     step "$model: $new tokens after $PROMPT_TOKENS, $ROUNDS rounds"
-    for round in $(seq "$ROUNDS"); do
+    for _ in $(seq "$ROUNDS"); do
         ours "$model" "$new" f32 >>"$WORK/$model/f32"
         ours "$model" "$new" bf16 >>"$WORK/$model/bf16"
-        pinned "$PYTHON" benches/peers/generate_torch.py "$WORK/$model/hf" $PROMPT_TOKENS "$new" 1 2>"$WORK/log" >>"$WORK/$model/theirs" ||
+        pinned "$TORCH_PYTHON" benches/peers/generate_torch.py "$WORK/$model/hf" $PROMPT_TOKENS "$new" 1 2>"$WORK/log" >>"$WORK/$model/theirs" ||
             die 1 "transformers failed" "$(tail -n 5 "$WORK/log")"
     done
     local theirs weights

@@ -3,20 +3,25 @@
 # what bare TCP streams reach on all links at once, hvd-perf with and without fp16 compression, and torch's gloo where it is found.
 # Ours and the others alternate; medians over the rounds are printed as bus bandwidth in Mbit/s.
 #
-# usage: scripts/bench_hosts.sh [--hosts "2 4 8"] [--rate 1gbit] [--rounds 3] [--sizes "1M 16M 64M"] [--gloo PYTHON] [--no-gloo]
-#                               [--per-host N]
+# usage: scripts/bench_hosts.sh [--hosts "2 4 8"] [--rate 1gbit] [--rounds 3] [--sizes "1M 16M 64M"] [--no-gloo] [--per-host N]
 #
 #   --per-host N    N ranks on each host instead, ours alone: the hierarchical allreduce beside a flat ring
-#   --gloo PYTHON   a Python that has torch (default: the one that scripts/bench_peers.sh --install made)
+#   --no-gloo       leave out torch's gloo
+#
+# Environment:
+#   TORCH_PYTHON  a Python that has torch (default: the one that scripts/bench_peers.sh --install makes)
+#   BIN           a folder with the program hvd-perf (default: it is built in the release profile)
 #
 # Needs root (or the right to make network namespaces), iproute2, gcc.
 # Exit codes: 0 measured; 1 something failed; 2 wrong usage; 7 this machine cannot make hosts.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/peers.sh
+. "$ROOT/scripts/lib/peers.sh"
 cd "$ROOT"
 
-PER_HOST=1 HOSTS="2 4 8" RATE=1gbit ROUNDS=3 SIZES="1M 16M 64M" GLOO=$CACHE/peers/gloo/bin/python
+PER_HOST=1 HOSTS="2 4 8" RATE=1gbit ROUNDS=3 SIZES="1M 16M 64M" GLOO=yes
 export HVD_HOSTS_PREFIX=hvd-b$((BASHPID % 1000))-
 
 main() {
@@ -26,8 +31,7 @@ main() {
             --rate) RATE=${2:?} && shift ;;
             --rounds) ROUNDS=${2:?} && shift ;;
             --sizes) SIZES=${2:?} && shift ;;
-            --gloo) GLOO=${2:?} && shift ;;
-            --no-gloo) GLOO='' ;;
+            --no-gloo) GLOO=no ;;
             --per-host) PER_HOST=${2:?} && shift ;;
             -h | --help) usage_of "$0" && exit 0 ;;
             *) die $EXIT_USAGE "unknown argument '$1'" "scripts/bench_hosts.sh --help lists what there is" ;;
@@ -35,7 +39,8 @@ main() {
         shift
     done
     WORK=$(mktemp -d) && trap clean_up EXIT
-    build
+    programs hvd-perf
+    find_others
     for hosts in $HOSTS; do
         step "$hosts hosts, $RATE"
         benches/peers/hosts.sh up "$hosts" "$RATE" ||
@@ -54,15 +59,12 @@ clean_up() {
     rm -rf "$WORK"
 }
 
-build() {
-    find_cargo || die $EXIT_RUST "cargo is missing"
-    [ -n "${HVD_PERF:-}" ] || cargo build --locked --release --package hvd-tools --bin hvd-perf
-    HVD_PERF=${HVD_PERF:-$TARGET/release/hvd-perf}
+find_others() {
     gcc -O2 -o "$WORK/links" benches/peers/links.c -lpthread
-    [ -z "$GLOO" ] || "$GLOO" -c 'import torch' 2>/dev/null || {
-        warn "$GLOO has no torch: measuring without gloo (scripts/bench_peers.sh --install makes one)"
-        GLOO=''
-    }
+    if [ $GLOO = yes ] && ! torch_has torch; then
+        warn "$TORCH_PYTHON has no torch: measuring without gloo (scripts/bench_peers.sh --install makes one)"
+        GLOO=no
+    fi
 }
 
 measure() {
@@ -70,9 +72,9 @@ measure() {
     bytes=$(($(to_bytes "${SIZES##* }") * 2 * (hosts - 1) / hosts)) # what a link carries in the largest allreduce
     on_all links "$hosts" "$WORK/links" RANK "$hosts" "$bytes" 10.77.0.%d
     for size in $SIZES; do
-        on_all hvd "$hosts" "$HVD_PERF" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json
-        [ -z "$GLOO" ] || on_all gloo "$hosts" "$GLOO" benches/peers/allreduce_python.py gloo gloo "$(to_bytes "$size")"
-        on_all hvd-fp16 "$hosts" "$HVD_PERF" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json --compression fp16
+        on_all hvd "$hosts" "$BIN/hvd-perf" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json
+        [ $GLOO = no ] || on_all gloo "$hosts" "$TORCH_PYTHON" benches/peers/allreduce_python.py gloo gloo "$(to_bytes "$size")"
+        on_all hvd-fp16 "$hosts" "$BIN/hvd-perf" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json --compression fp16
     done
 }
 
@@ -80,8 +82,8 @@ measure() {
 compare() {
     local hosts=$1 size
     for size in $SIZES; do
-        HVD_HIERARCHICAL_ALLREDUCE=1 on_all hvd "$hosts" "$HVD_PERF" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json
-        HVD_HIERARCHICAL_ALLREDUCE=0 on_all hvd-flat "$hosts" "$HVD_PERF" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json
+        HVD_HIERARCHICAL_ALLREDUCE=1 on_all hvd "$hosts" "$BIN/hvd-perf" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json
+        HVD_HIERARCHICAL_ALLREDUCE=0 on_all hvd-flat "$hosts" "$BIN/hvd-perf" allreduce -b "$size" -e "$size" --iters 5 --warmup 2 --json
     done
 }
 

@@ -12,18 +12,19 @@
 #   --table FILE only print the tables of rows that were kept
 #
 # Environment:
-#   HOROVOD_PYTHON, GLOO_PYTHON  Pythons that have horovod and torch (default: those of --install)
-#   HVD_PERF                     a built hvd-perf (default: it is built in the release profile)
+#   HOROVOD_PYTHON, TORCH_PYTHON  Pythons that have horovod and torch (default: those of --install)
+#   BIN                           a folder with the program hvd-perf (default: it is built in the release profile)
 #
 # Let nothing else run meanwhile. Exit codes: 0 measured; 1 something failed; 2 wrong usage; 3 Rust is missing; 4 a package is missing.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/peers.sh
+. "$ROOT/scripts/lib/peers.sh"
 cd "$ROOT"
 
-readonly PEERS=$CACHE/peers
 RANKS="2 4 8" ROUNDS=3 ONLY="limit openmpi mpich horovod horovod-cycle0 horovod-gloo gloo" KEEP='' INSTALL=no
-HOROVOD_PYTHON=${HOROVOD_PYTHON:-$PEERS/horovod/bin/python} GLOO_PYTHON=${GLOO_PYTHON:-$PEERS/gloo/bin/python}
+HOROVOD_PYTHON=${HOROVOD_PYTHON:-$PEERS/horovod/bin/python}
 
 main() {
     while [ $# -gt 0 ]; do
@@ -43,7 +44,8 @@ main() {
     export OMP_NUM_THREADS=1
     WORK=$(mktemp -d) && trap 'rm -rf "$WORK"' EXIT
     [ $INSTALL = no ] || install_peers
-    build
+    programs hvd-perf
+    find_peers
     for ranks in $RANKS; do
         for round in $(seq 1 "$ROUNDS"); do
             step "$ranks ranks, round $round of $ROUNDS"
@@ -59,26 +61,23 @@ main() {
 }
 
 install_peers() {
-    step "Installing the peers"
+    install_torch
+    step "Installing MPICH, Open MPI and Horovod"
     mkdir -p "$PEERS"
     apt-get install -y --no-install-recommends mpich libmpich-dev libopenmpi-dev openmpi-bin cmake g++ >"$PEERS/apt.log" 2>&1 ||
         die $EXIT_PACKAGES "apt cannot install MPICH, Open MPI, cmake and g++" "see $PEERS/apt.log"
-    python3 -m venv "$PEERS/gloo" && "$PEERS/gloo/bin/pip" install -q torch==2.11.0 numpy
     # Horovod 0.28.1 does not compile against torch 2.1 or later.
-    python3 -m venv "$PEERS/horovod"
-    "$PEERS/horovod/bin/pip" install -q 'setuptools<81' wheel 'numpy<2' torch==2.0.1 cloudpickle psutil pyyaml packaging cffi
+    make_venv "$PEERS/horovod"
+    pip_install "$PEERS/horovod" 'setuptools<81' wheel 'numpy<2' torch==2.0.1 cloudpickle psutil pyyaml packaging cffi
     HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 \
-        "$PEERS/horovod/bin/pip" install -q --no-build-isolation horovod==0.28.1
+        pip_install "$PEERS/horovod" --no-build-isolation horovod==0.28.1
     done_ "installed"
 }
 
-# Builds what is measured; FOUND gets the peers of ONLY that this machine has.
-build() {
+# FOUND gets the peers of ONLY that this machine has; those in C are built.
+find_peers() {
     local peer
-    find_cargo || die $EXIT_RUST "cargo is missing"
-    [ -n "${HVD_PERF:-}" ] || cargo build --locked --release --package hvd-tools --bin hvd-perf
-    HVD_PERF=${HVD_PERF:-$TARGET/release/hvd-perf}
-    command -v gcc >/dev/null && command -v mpirun >/dev/null || die $EXIT_PACKAGES "gcc or mpirun is missing" "run scripts/setup.sh"
+    { command -v gcc && command -v mpirun; } >/dev/null || die $EXIT_PACKAGES "gcc or mpirun is missing" "run scripts/setup.sh"
     gcc -O3 -march=native -o "$WORK/limit" benches/peers/limit.c
     FOUND=''
     for peer in $ONLY; do
@@ -90,7 +89,7 @@ find_peer() {
     case $1 in
         limit) ;;
         openmpi | mpich) mpicc."$1" -O2 -o "$WORK/$1" benches/peers/allreduce_mpi.c ;;
-        gloo) "$GLOO_PYTHON" -c 'import torch' ;;
+        gloo) torch_has torch ;;
         horovod*) "$HOROVOD_PYTHON" -c 'import horovod.torch' ;;
         *) die $EXIT_USAGE "there is no peer '$1'" ;;
     esac
@@ -107,19 +106,18 @@ sizes() {
 
 ours() {
     local ranks=$1
-    record hvd mpirun.openmpi -np "$ranks" "$HVD_PERF" allreduce -e "$(largest "$ranks")" --json
-    [ "$ranks" -gt 2 ] || record hvd mpirun.openmpi -np "$ranks" "$HVD_PERF" allreduce -b 1M -e "$(largest "$ranks")" --buffer shared --json
-    [ "$ranks" -gt 2 ] || record hvd mpirun.openmpi -np "$ranks" "$HVD_PERF" fusion --json
+    record hvd mpirun.openmpi -np "$ranks" "$BIN/hvd-perf" allreduce -e "$(largest "$ranks")" --json
+    [ "$ranks" -gt 2 ] || record hvd mpirun.openmpi -np "$ranks" "$BIN/hvd-perf" allreduce -b 1M -e "$(largest "$ranks")" --buffer shared --json
+    [ "$ranks" -gt 2 ] || record hvd mpirun.openmpi -np "$ranks" "$BIN/hvd-perf" fusion --json
 }
 
 run_peer() {
-    local peer=$1 ranks=$2 program=benches/peers/allreduce_python.py sizes
-    local some=()
+    local peer=$1 ranks=$2 program=benches/peers/allreduce_python.py some=()
     [ "$ranks" -eq 2 ] || some=("$(sizes "$ranks")")
     case $peer in
         limit) [ "$ranks" -gt 2 ] || record limit "$WORK/limit" ;;
         openmpi | mpich) record "$peer" mpirun."$peer" -np "$ranks" "$WORK/$peer" "$peer" "$(largest "$ranks")" ;;
-        gloo) record gloo "$GLOO_PYTHON" -m torch.distributed.run --nproc_per_node="$ranks" $program gloo gloo "${some[@]}" ;;
+        gloo) record gloo "$TORCH_PYTHON" -m torch.distributed.run --nproc_per_node="$ranks" $program gloo gloo "${some[@]}" ;;
         horovod) record "$peer" mpirun.openmpi -np "$ranks" "$HOROVOD_PYTHON" $program horovod "$peer" "${some[@]}" ;;
         horovod-cycle0) # without yielding, ranks that spin lose whole slices of the scheduler
             record "$peer" mpirun.openmpi --mca mpi_yield_when_idle 1 -x HOROVOD_CYCLE_TIME=0 -np "$ranks" "$HOROVOD_PYTHON" $program \
@@ -128,18 +126,6 @@ run_peer() {
             record "$peer" "$(dirname "$HOROVOD_PYTHON")/horovodrun" --gloo -np "$ranks" "$HOROVOD_PYTHON" $program horovod "$peer" \
                 "${some[@]}" ;;
     esac
-}
-
-# record LABEL COMMAND…: keeps the rows that it prints.
-record() {
-    local label=$1
-    shift
-    timeout 300 "$@" >"$WORK/out" 2>"$WORK/err" </dev/null || {
-        warn "$label failed: $*" && tail -n 5 "$WORK/err" >&2
-        return 0
-    }
-    # horovodrun puts the rank in front of each line.
-    sed -n "s/^[^{]*{/{\"label\":\"$label\",/p" "$WORK/out" >>"$WORK/rows"
 }
 
 main "$@"

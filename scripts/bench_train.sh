@@ -7,24 +7,25 @@
 # usage: scripts/bench_train.sh [--install] [--presets "tiny small gpt2"] [--dtypes "float32 bfloat16"] [--kinds "eager compile ddp one"]
 #                               [--rounds 3] [--steps 10] [--keep FILE] [--table FILE]
 #
-#   --install    first install torch 2.11.0 into a virtual environment in .cache/peers/gloo (5 GB), which bench_peers.sh shares
+#   --install    first install torch 2.11.0 into a virtual environment in .cache/peers/torch (5 GB), which the other scripts share
 #   --kinds      eager, compile: 2 threads; ddp: 2 ranks of 1 thread; one: 1 rank of 1 thread, against eager
 #   --keep FILE  append the raw rows to this file
 #   --table FILE only print the tables of rows that were kept
 #
 # Environment:
-#   GLOO_PYTHON  a Python that has torch (default: that of --install)
-#   TRAIN        a built train (default: it is built in the release profile)
+#   TORCH_PYTHON  a Python that has torch (default: that of --install)
+#   BIN           a folder with the program train (default: it is built in the release profile)
 #
 # Let nothing else run meanwhile. Exit codes: 0 measured; 1 something failed; 2 wrong usage; 3 Rust is missing; 4 a package is missing.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/peers.sh
+. "$ROOT/scripts/lib/peers.sh"
 cd "$ROOT"
 
-readonly PEERS=$CACHE/peers PROGRAM=benches/peers/train_torch.py
+readonly PROGRAM=benches/peers/train_torch.py
 PRESETS="tiny small gpt2" DTYPES="float32 bfloat16" KINDS="eager compile ddp one" ROUNDS=3 STEPS=10 KEEP='' INSTALL=no
-GLOO_PYTHON=${GLOO_PYTHON:-$PEERS/gloo/bin/python}
 
 main() {
     while [ $# -gt 0 ]; do
@@ -46,7 +47,8 @@ main() {
     WORK=$(mktemp -d) && trap 'rm -rf "$WORK"' EXIT
     touch "$WORK/rows"
     [ $INSTALL = no ] || install_torch
-    build
+    need_torch torch
+    programs train
     for preset in $PRESETS; do
         for dtype in $DTYPES; do
             for round in $(seq 1 "$ROUNDS"); do
@@ -63,29 +65,15 @@ main() {
     python3 benches/peers/train_table.py "$WORK/rows"
 }
 
-install_torch() {
-    step "Installing torch 2.11.0"
-    python3 -m venv "$PEERS/gloo" && "$PEERS/gloo/bin/pip" install -q torch==2.11.0 numpy
-    done_ "installed"
-}
-
-build() {
-    "$GLOO_PYTHON" -c 'import torch' 2>/dev/null || die $EXIT_PACKAGES "'$GLOO_PYTHON' has no torch" "scripts/bench_train.sh --install"
-    [ -n "${TRAIN:-}" ] && return
-    find_cargo || die $EXIT_RUST "cargo is missing"
-    cargo build --locked --release --package transformer-lm --bin train
-    TRAIN=$TARGET/release/train
-}
-
 # The flags that both programs take.
 flags() { echo "--preset $preset --dtype $dtype --steps $STEPS --threads $1"; }
 
 ours() {
     # shellcheck disable=SC2046 # flags are words
     case $1 in
-        eager | compile) record "hvd-2-threads" "$TRAIN" --benchmark --json $(flags 2) ;;
-        one) record "hvd-1-thread" "$TRAIN" --benchmark --json $(flags 1) ;;
-        ddp) record "hvd-2-ranks" mpirun -np 2 "$TRAIN" --benchmark --json $(flags 1) ;;
+        eager | compile) record "hvd-2-threads" "$BIN/train" --benchmark --json $(flags 2) ;;
+        one) record "hvd-1-thread" "$BIN/train" --benchmark --json $(flags 1) ;;
+        ddp) record "hvd-2-ranks" mpirun -np 2 "$BIN/train" --benchmark --json $(flags 1) ;;
         *) die $EXIT_USAGE "there is no kind '$1'" ;;
     esac
 }
@@ -93,22 +81,11 @@ ours() {
 peer() {
     # shellcheck disable=SC2046
     case $1 in
-        eager) record "torch-2-threads" "$GLOO_PYTHON" $PROGRAM $(flags 2) ;;
-        compile) record "torch-compiled" "$GLOO_PYTHON" $PROGRAM --compile $(flags 2) ;;
-        one) record "torch-1-thread" "$GLOO_PYTHON" $PROGRAM $(flags 1) ;;
-        ddp) record "torch-ddp" "$GLOO_PYTHON" -m torch.distributed.run --nproc_per_node=2 $PROGRAM $(flags 1) ;;
+        eager) record "torch-2-threads" "$TORCH_PYTHON" $PROGRAM $(flags 2) ;;
+        compile) record "torch-compiled" "$TORCH_PYTHON" $PROGRAM --compile $(flags 2) ;;
+        one) record "torch-1-thread" "$TORCH_PYTHON" $PROGRAM $(flags 1) ;;
+        ddp) record "torch-ddp" "$TORCH_PYTHON" -m torch.distributed.run --nproc_per_node=2 $PROGRAM $(flags 1) ;;
     esac
-}
-
-# record LABEL COMMAND…: keeps the row that it prints.
-record() {
-    local label=$1
-    shift
-    timeout 900 "$@" >"$WORK/out" 2>"$WORK/err" </dev/null || {
-        warn "$label failed: $*" && tail -n 5 "$WORK/err" >&2
-        return 0
-    }
-    sed -n "s/^[^{]*{/{\"label\":\"$label\",/p" "$WORK/out" >>"$WORK/rows"
 }
 
 main "$@"

@@ -34,7 +34,7 @@ main() {
         shift
     done
     [ -f "$TEXT" ] || die $EXIT_USAGE "there is no text '$TEXT'" "usage: scripts/recipe.sh TEXT"
-    [ -n "${BIN:-}" ] || build
+    programs lm train hvdrun
     # A changed recipe or text has runs of its own.
     FOLDER=runs/recipe/$(cat "$CONFIG" "$TEXT" | sha256sum | cut -c1-8)
     prepare
@@ -47,14 +47,6 @@ main() {
         done
     done
     summary
-}
-
-build() {
-    find_cargo || die $EXIT_RUST "cargo is missing"
-    step "Building"
-    cargo build --release --locked --workspace --bin lm --bin train --bin hvdrun
-    BIN=$TARGET/release
-    done_ "built"
 }
 
 prepare() {

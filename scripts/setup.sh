@@ -21,7 +21,6 @@ set -euo pipefail
 cd "$ROOT"
 
 # name, version, sha256 of the archive
-readonly TORCH_VERSION=2.11.0
 readonly TORCH_WHEELS=(
     "torch $TORCH_VERSION 7aa2f9bbc6d4595ba72138026b2074be1233186150e9292865e04b7a63b8c67a"
     "nvidia-cuda-runtime 13.0.96 7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548"

@@ -4,20 +4,22 @@
 # usage: scripts/test.sh [--full]
 #
 #   --full   for the longer runs of tests that choose at random (more seeds, more kills): sets HVD_TEST_FULL=1 for them; and for
-#            those beside PyTorch and transformers, which are installed from PyPI into .cache/peers/gloo (5 GB)
+#            those beside PyTorch and transformers, which are installed from PyPI into .cache/peers/torch (5 GB)
 #
 # Environment:
-#   HVD_TEST_PYTHON   a Python that has torch 2.11.0, numpy, safetensors and transformers; nothing is installed then
+#   HVD_TEST_PYTHON   a Python that has torch 2.11.0, numpy, safetensors and transformers; --full installs nothing then
 #
-# What needs MPICH is skipped with a message where MPICH cannot be installed. Exit codes: 0 all passed, 1 a test failed, else those
-# of scripts/setup.sh.
+# What a machine cannot do (MPICH, network namespaces; without --full also PyTorch) is skipped, and listed above the last line.
+# Exit codes: 0 all passed, 1 a test failed, else those of scripts/setup.sh.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/peers.sh
+. "$ROOT/scripts/lib/peers.sh"
 cd "$ROOT"
 
 readonly LOG=$CACHE/test.log
-PASSED=0 FAILED=0 FAILURES=()
+PASSED=0 FAILED=0 FAILURES=() SKIPPED=()
 
 main() {
     while [ $# -gt 0 ]; do
@@ -33,36 +35,25 @@ main() {
     scripts/setup.sh --no-text --with-mpich
     find_cargo
     mpirun_environment
-    [ -z "${HVD_TEST_FULL:-}" ] || setup_pytorch
+    [ -z "${HVD_TEST_FULL:-}" ] || setup_python
     build
     cargo_tests
     mpich_transport
     examples
     outside_package
     step "Result"
+    [ ${#SKIPPED[@]} -eq 0 ] || note "${SKIPPED[@]}"
     [ ${#FAILURES[@]} -eq 0 ] || note "${FAILURES[@]/#/failed: }"
     done_ "all in $(duration $(($(now_us) - start)))"
     echo "$PASSED passed, $FAILED failed"
     exit $((FAILED > 0))
 }
 
-# What some tests compare with; scripts/bench_peers.sh measures beside the same torch.
-setup_pytorch() {
-    local venv=$CACHE/peers/gloo
-    if [ -n "${HVD_TEST_PYTHON:-}" ]; then
-        have "PyTorch of $HVD_TEST_PYTHON (from the variable HVD_TEST_PYTHON)"
-        return
-    fi
-    export HVD_TEST_PYTHON=$venv/bin/python
-    if "$HVD_TEST_PYTHON" -c 'import torch, transformers' 2>/dev/null; then
-        have "PyTorch and transformers in ${venv#"$ROOT/"}"
-        return
-    fi
-    step "Installing PyTorch and transformers into ${venv#"$ROOT/"}"
-    find_python && "$PYTHON" -m venv "$venv" && "$venv/bin/pip" install -q torch==2.11.0 numpy transformers==5.23.0 ||
-        die $EXIT_DOWNLOAD "pip could not install torch 2.11.0 and transformers 5.23.0" \
-            "its message is above (Debian's python3-venv may be missing); or set HVD_TEST_PYTHON to a Python that has both"
-    done_ "installed"
+# What some tests compare with.
+setup_python() {
+    TORCH_PYTHON=${HVD_TEST_PYTHON:-$TORCH_PYTHON}
+    install_torch
+    export HVD_TEST_PYTHON=$TORCH_PYTHON
 }
 
 # The development profile: it builds in half the time of the release profile, and what is hot in the tests (the kernels, the
@@ -109,6 +100,8 @@ cargo_tests() {
     # cargo says `test result: ok. 12 passed; 0 failed; …` once for each program.
     passed=$(awk '/^test result:/ { n += $4 } END { print n + 0 }' "$LOG")
     failed=$(awk '/^test result:/ { n += $6 } END { print n + 0 }' "$LOG")
+    # These count as passed, having found nothing wrong.
+    mapfile -t SKIPPED < <(grep -o 'skipped: .*' "$LOG" | sort -u)
     # A test program that crashed has no result line.
     [ $code -eq 0 ] || [ "$failed" -gt 0 ] || failed=1
     PASSED=$((PASSED + passed))
@@ -122,7 +115,7 @@ examples() {
     local source program name
     step "Examples on 2 and 3 ranks"
     for source in hvd-core/examples/*.rs hvd-torch/examples/*.rs; do
-        [ -f "$source" ] && [[ $source != *_bandwidth.rs ]] || continue # those measure
+        [[ $source != *_bandwidth.rs ]] || continue # those measure
         name=$(basename "$source" .rs)
         program=$TARGET/debug/examples/$name
         check "example $name, mpirun -np 2" mpirun -np 2 "$program"
@@ -135,7 +128,7 @@ examples() {
 
 # with_mpich NAME COMMAND…: a test that needs MPICH.
 with_mpich() {
-    if have_mpich; then check "$@"; else note "skipped $1: no MPICH here"; fi
+    if have_mpich; then check "$@"; else SKIPPED+=("skipped: $1: MPICH is not installed"); fi
 }
 
 # The conformance test that cargo runs for Open MPI's plugin, for the one that was built for MPICH.

@@ -8,6 +8,10 @@ CACHE=$ROOT/.cache
 # shellcheck disable=SC2034
 TARGET=${CARGO_TARGET_DIR:-$ROOT/target}
 
+# The libtorch that tch needs, and the PyTorch that we are compared with.
+# shellcheck disable=SC2034
+TORCH_VERSION=2.11.0
+
 # What the scripts stop with; README.md lists them too.
 # shellcheck disable=SC2034
 EXIT_USAGE=2 EXIT_RUST=3 EXIT_PACKAGES=4 EXIT_DOWNLOAD=5 EXIT_DISK=6 EXIT_MACHINE=7
@@ -65,6 +69,16 @@ find_cargo() {
     command -v cargo >/dev/null || [ ! -x "${CARGO_HOME:-$HOME/.cargo}/bin/cargo" ] ||
         PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
     command -v cargo >/dev/null && command -v rustc >/dev/null
+}
+
+# programs NAME…: builds them in the release profile, but not where the variable BIN names a folder that has them; BIN is where they are.
+programs() {
+    [ -z "${BIN:-}" ] || return 0
+    find_cargo || die $EXIT_RUST "cargo is missing" "scripts/setup.sh says how to get it"
+    step "Building $*"
+    cargo build --release --locked --workspace "${@/#/--bin=}"
+    BIN=$TARGET/release
+    done_ "built"
 }
 
 # The first Python with a pip that can download for another Python than itself.

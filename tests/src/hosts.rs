@@ -31,7 +31,7 @@ impl Hosts {
         let hosts = Hosts { names, switch: format!("{network}-switch"), folder };
         let made = hosts.make();
         if !made {
-            eprintln!("skipped: no right to make network namespaces here (root and iproute2 are needed)");
+            crate::skipped("no right to make network namespaces here (root and iproute2 are needed)");
         }
         made.then_some(hosts)
     }

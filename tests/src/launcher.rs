@@ -29,7 +29,7 @@ impl Launcher {
     pub fn is_available(&self) -> bool {
         let found = self.program().is_none_or(|program| Command::new(program).arg("--version").output().is_ok());
         if !found {
-            eprintln!("skipped: {self:?} is not installed");
+            crate::skipped(&format!("{self:?} is not installed"));
         }
         found
     }
@@ -82,7 +82,7 @@ pub fn mpi_plugin() -> Option<PathBuf> {
         let plugin = target_folder().join("libhvd_mpi.so");
         let found = plugin.is_file();
         if !found {
-            eprintln!("skipped: the MPI plugin is not built; run `cargo build --workspace` where MPI is installed");
+            crate::skipped("the MPI plugin is not built; run `cargo build --workspace` where MPI is installed");
         }
         found.then_some(plugin)
     });

@@ -1,19 +1,32 @@
 //! Programs of `tests/pytorch`, which a Python with torch and transformers runs.
 
 use std::ffi::OsStr;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Names that Python; `scripts/test.sh --full` makes one.
 const PYTHON: &str = "HVD_TEST_PYTHON";
 
-/// That Python; where there is none, says that the test is skipped.
+/// Set where nothing may be skipped for want of that Python: by `scripts/test.sh --full`.
+const FULL: &str = "HVD_TEST_FULL";
+
+/// That Python; where there is none, says that the test is skipped: straight to stderr, as `cargo test` keeps to itself what a test
+/// that passes prints.
+///
+/// # Panics
+/// Where there is none in a full run.
 pub fn python() -> Option<PathBuf> {
-    let python = std::env::var_os(PYTHON).filter(|path| !path.is_empty());
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let python = set(PYTHON).map(PathBuf::from);
     if python.is_none() {
-        eprintln!("skipped: {PYTHON} names no Python with torch and transformers; scripts/test.sh --full makes one");
+        let test = std::thread::current();
+        let reason = format!("{PYTHON} names no Python with torch and transformers; scripts/test.sh --full makes one");
+        assert!(set(FULL).is_none(), "{reason}");
+        let line = format!("skipped: {}: {reason}\n", test.name().unwrap_or("a test"));
+        std::io::stderr().write_all(line.as_bytes()).expect("stderr");
     }
-    python.map(PathBuf::from)
+    python
 }
 
 /// Runs a program.
