@@ -92,7 +92,8 @@ impl Fault {
         finished.assert_failure();
         for rank in (0..self.ranks).filter(|&rank| rank != self.victim) {
             let text = &finished.complaints[rank];
-            assert!(names(text, self.victim), "rank {rank} does not name rank {}:\n{text}", self.victim);
+            let all = finished.complaints.join("\n---\n");
+            assert!(names(text, self.victim), "rank {rank} does not name rank {}; all said:\n{all}", self.victim);
         }
     }
 }

@@ -7,8 +7,9 @@ use tch::Tensor;
 
 use super::DistributedOptimizer;
 use super::bucket::Bucket;
-use super::plan::{Limits, Shape, plan};
-use super::state::{OnGradient, Shared, State};
+use super::plan::{self, Limits, Shape, plan};
+use super::sparse::SparseGradient;
+use super::state::{OnGradient, Place, Shared, State};
 use crate::autograd::Hook;
 use crate::error::{Error, Result};
 use crate::optim::{Optimizer, check_unique};
@@ -31,8 +32,13 @@ pub struct Builder<O: Optimizer> {
     predivide_factor: f64,
     bucket_bytes: usize,
     groups: Groups,
+    sparse: Vec<String>,
+    sparse_as_dense: bool,
     on_gradient: Option<OnGradient>,
 }
+
+/// Names and tensors.
+type Params = Vec<(String, Tensor)>;
 
 /// Who reduces.
 #[derive(Clone)]
@@ -53,6 +59,11 @@ enum Groups {
 }
 
 impl Groups {
+    /// Whether the parameter `name` was put in a group by its name.
+    fn names(&self, name: &String) -> bool {
+        matches!(self, Groups::Named(named) if named.iter().flatten().any(|other| other == name))
+    }
+
     /// The group of each parameter.
     fn of(&self, params: &[(String, Tensor)]) -> Result<Vec<Option<usize>>> {
         let mut groups = vec![None; params.len()];
@@ -93,6 +104,8 @@ impl<O: Optimizer> Builder<O> {
             predivide_factor: 1.0,
             bucket_bytes: BUCKET_BYTES,
             groups: Groups::Any,
+            sparse: Vec::new(),
+            sparse_as_dense: false,
             on_gradient: None,
         }
     }
@@ -155,6 +168,25 @@ impl<O: Optimizer> Builder<O> {
         self
     }
 
+    /// Declares parameters whose gradients are sparse, as those of `Tensor::embedding(.., sparse = true)`. They stay sparse: each
+    /// rank sends the rows that it has, as indices and values, uncompressed, and the optimizer gets the rows that any rank
+    /// has. A rank that did not use the parameter sends none. Gradients of parameters that are not declared are dense, also
+    /// where backward makes sparse ones.
+    ///
+    /// It pays where a batch touches few rows, as each rank receives the rows of all. The optimizer must take sparse gradients
+    /// ([`Optimizer::takes_sparse`]), as tch's SGD does without weight decay.
+    pub fn sparse<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
+        self.sparse = names.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Makes the gradients dense that were declared [`sparse`](Builder::sparse), too, and reduces them in buckets. `false` by
+    /// default.
+    pub fn sparse_as_dense(mut self, dense: bool) -> Self {
+        self.sparse_as_dense = dense;
+        self
+    }
+
     /// How many bytes of gradients travel together, 25 MiB by default. The first bucket has at most 1 MiB.
     pub fn bucket_bytes(mut self, bytes: usize) -> Self {
         self.bucket_bytes = bytes;
@@ -177,6 +209,7 @@ impl<O: Optimizer> Builder<O> {
         self.check()?;
         let params = self.optimizer.parameters();
         check_unique(&params)?;
+        let (sparse, params) = self.split(params)?;
         // Memory that ranks share belongs to a whole world.
         let (set, whole) = match self.ranks.clone() {
             Ranks::Global => world().map(|world| (ProcessSet::clone(&world), Some(world)))?,
@@ -187,32 +220,56 @@ impl<O: Optimizer> Builder<O> {
         let groups = self.groups.of(&params)?;
         let shapes: Vec<_> = params.iter().zip(&groups).map(|((_, param), group)| Shape::of(param, *group)).collect();
         let plans = plan(&shapes, limits);
-        agree(&set, &self.name, self.digest(&params, &groups))?;
+        agree(&set, &self.name, self.digest(&sparse, &params, &groups))?;
 
         // The hooks first: they tell whether the parameters are free, before any gradient is moved.
         let factor = self.predivide_factor;
         let reduction = Allreduce::new(self.op).compression(self.compression).prescale(1.0 / factor).postscale(factor);
+        let own = |(name, param): &(String, Tensor)| SparseGradient::new(&self.name, name, param);
+        let gradients = sparse.iter().map(own).collect::<Result<_>>()?;
         let (buckets, passes) = (Vec::new(), self.passes);
-        let state = State { set, reduction, buckets, passes, synchronized: false, failure: None };
+        let state = State { set, reduction, buckets, sparse: gradients, passes, synchronized: false, failure: None };
         let shared = Arc::new(Shared::new(state, self.on_gradient));
-        let mut hooks = Vec::with_capacity(params.len());
-        for (at, plan) in plans.iter().enumerate() {
-            for (member, place) in plan.places.iter().enumerate() {
-                hooks.push(attach(&shared, &params[place.param], at, member)?);
-            }
-        }
+        let dense = plans.iter().enumerate().flat_map(|(bucket, plan)| {
+            let place = move |(member, place): (usize, &plan::Place)| (place.param, Place::Bucket { bucket, member });
+            plan.places.iter().enumerate().map(place)
+        });
+        let dense = dense.map(|(param, place)| (&params[param], place));
+        let places = dense.chain(sparse.iter().enumerate().map(|(at, param)| (param, Place::Sparse(at))));
+        let hooks = places.map(|(param, place)| attach(&shared, param, place)).collect::<Result<_>>()?;
         let bucket = |(at, plan)| Bucket::new(format!("{}.bucket.{at}", self.name), plan, &params, whole.as_ref());
         let buckets = plans.iter().enumerate().map(bucket).collect::<Result<Vec<_>>>()?;
         shared.lock().buckets = buckets;
         Ok(DistributedOptimizer { optimizer: self.optimizer, name: self.name, shared, skips: false, _hooks: hooks })
     }
 
+    /// The parameters whose gradients stay sparse, and the others.
+    fn split(&self, params: Params) -> Result<(Params, Params)> {
+        if let Some(name) = self.sparse.iter().find(|name| !params.iter().any(|(param, _)| param == *name)) {
+            return Err(Error::invalid(format!("`{name}`, declared sparse, is no parameter of the optimizer")));
+        }
+        if self.sparse_as_dense {
+            return Ok((Vec::new(), params));
+        }
+        if let Some(name) = self.sparse.iter().find(|name| self.groups.names(name)) {
+            return Err(Error::invalid(format!("`{name}` is declared sparse, so it cannot be reduced in a group")));
+        }
+        match self.sparse.first() {
+            Some(name) if !self.optimizer.takes_sparse() => Err(Error::invalid(format!(
+                "`{name}` is declared sparse, but the optimizer cannot update from sparse gradients. Build with \
+                 sparse_as_dense(true), or use one that can, such as tch's SGD"
+            ))),
+            _ => Ok(params.into_iter().partition(|(name, _)| self.sparse.contains(name))),
+        }
+    }
+
     /// A number that differs where parameters, their order, or settings do.
-    fn digest(&self, params: &[(String, Tensor)], groups: &[Option<usize>]) -> u64 {
+    fn digest(&self, sparse: &Params, params: &Params, groups: &[Option<usize>]) -> u64 {
         let Builder { compression, op, predivide_factor, bucket_bytes, passes, .. } = self;
-        let settings = format!("{compression:?} {op:?} {predivide_factor} {bucket_bytes} {passes} {groups:?}");
+        let settings =
+            format!("{compression:?} {op:?} {predivide_factor} {bucket_bytes} {passes} {groups:?} {}", sparse.len());
         let param = |(name, param): &(String, Tensor)| format!("{name} {:?} {:?}", param.kind(), param.size());
-        let texts = std::iter::once(settings).chain(params.iter().map(param));
+        let texts = std::iter::once(settings).chain(sparse.iter().chain(params).map(param));
         texts.fold(0, |digest, text| mix(&[digest, text.len() as u64, mix_bytes(text.as_bytes())]))
     }
 
@@ -262,11 +319,11 @@ fn agree(set: &ProcessSet, name: &str, digest: u64) -> Result<()> {
 }
 
 /// Hooks a parameter. The hook holds no strong reference: the parameter owns the hook, and the buckets the parameter.
-fn attach(shared: &Arc<Shared>, (name, param): &(String, Tensor), bucket: usize, member: usize) -> Result<Hook> {
+fn attach(shared: &Arc<Shared>, (name, param): &(String, Tensor), place: Place) -> Result<Hook> {
     let shared = Arc::downgrade(shared);
     let hook = Hook::after_accumulate(param, move || {
         if let Some(shared) = shared.upgrade() {
-            shared.fired(bucket, member);
+            shared.fired(place);
         }
     });
     hook.map_err(|error| match error {

@@ -4,6 +4,7 @@ mod adasum;
 mod bucket;
 mod builder;
 mod plan;
+mod sparse;
 mod state;
 
 pub use builder::Builder;
@@ -12,11 +13,12 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
-use crate::autograd::Hook;
+use crate::autograd::{Hook, set_grad};
 use crate::error::{Error, Result};
 use crate::foreach;
 use crate::optim::Optimizer;
 use bucket::Bucket;
+use sparse::SparseGradient;
 use state::Shared;
 
 /// Wraps an optimizer so that it updates with gradients that are averaged over all ranks.
@@ -32,7 +34,9 @@ use state::Shared;
 /// optimizer.clip_grad_norm(1.0)?;        // if wanted; waits for the reductions
 /// optimizer.step()?;                     // waits for the reductions
 /// ```
-/// A sparse gradient is made dense, as with Horovod's `sparse_as_dense`.
+/// Parameters that are declared [`sparse`](Builder::sparse) have no place in a bucket: their gradients travel as indices and
+/// values, when they are complete. The other gradients are dense.
+///
 /// A parameter that no backward pass reaches has a gradient of zeros, here and on the other ranks' average.
 pub struct DistributedOptimizer<O: Optimizer> {
     optimizer: O,
@@ -57,17 +61,21 @@ impl<O: Optimizer> DistributedOptimizer<O> {
     /// # Errors
     /// If a reduction fails, or there were more backward passes than declared.
     pub fn synchronize(&mut self) -> Result<()> {
-        let handles: Vec<_> = {
+        let (dense, sparse): (Vec<_>, Vec<_>) = {
             let mut state = self.shared.lock();
             state.check()?;
             if state.synchronized {
                 return Ok(());
             }
             state.submit_rest()?;
-            state.buckets.iter_mut().filter_map(|bucket| bucket.handle.take()).collect()
+            let sparse = |it: &mut SparseGradient| Some((it.param.shallow_clone(), it.handle.take()?));
+            let dense = state.buckets.iter_mut().filter_map(|bucket| bucket.handle.take()).collect();
+            (dense, state.sparse.iter_mut().filter_map(sparse).collect())
         };
         // Wait for all, also after an error: the first one is what the caller gets.
-        let outcome = handles.into_iter().map(|handle| handle.wait().map(drop)).fold(Ok(()), Result::and);
+        let dense = dense.into_iter().map(|handle| handle.wait().map(drop));
+        let sparse = sparse.into_iter().map(|(param, handle)| set_grad(&param, Some(&handle.wait()?)));
+        let outcome = dense.chain(sparse).fold(Ok(()), Result::and);
         let mut state = self.shared.lock();
         match &outcome {
             Ok(()) => state.synchronized = true,
@@ -82,16 +90,16 @@ impl<O: Optimizer> DistributedOptimizer<O> {
     /// NaN the gradients stay as they are. Synchronizes first if that has not been done.
     pub fn clip_grad_norm(&mut self, max_norm: f64) -> Result<f64> {
         self.synchronize()?;
-        let flats = self.flats();
-        let norm = foreach::total_norm(&flats)?;
-        foreach::clip_(&flats, norm, max_norm)?;
+        let gradients = self.gradients()?;
+        let norm = foreach::total_norm(&gradients)?;
+        foreach::clip_(&gradients, norm, max_norm)?;
         Ok(norm)
     }
 
     /// Multiplies the reduced gradients by `factor`. Synchronizes first if that has not been done.
     pub fn scale_gradients(&mut self, factor: f64) -> Result<()> {
         self.synchronize()?;
-        foreach::mul_(&self.flats(), factor)
+        foreach::mul_(&self.gradients()?, factor)
     }
 
     /// Updates the parameters with the reduced gradients. Synchronizes first if that has not been done.
@@ -123,7 +131,7 @@ impl<O: Optimizer> DistributedOptimizer<O> {
         result
     }
 
-    /// Zeroes the gradients. After [`DistributedOptimizer::synchronize`] without a step, this skips the step.
+    /// Zeroes the gradients, and removes sparse ones. After [`DistributedOptimizer::synchronize`] without a step, this skips the step.
     ///
     /// # Errors
     /// While reductions are under way.
@@ -133,6 +141,8 @@ impl<O: Optimizer> DistributedOptimizer<O> {
         let flats: Vec<_> = state.buckets.iter().map(|bucket| bucket.flat.shallow_clone()).collect();
         foreach::zero_(&flats)?;
         state.buckets.iter_mut().try_for_each(Bucket::attach)?;
+        // What backward then makes is sparse.
+        state.sparse.iter().try_for_each(|it| set_grad(&it.param, None))?;
         state.begin();
         Ok(())
     }
@@ -174,7 +184,7 @@ impl<O: Optimizer> DistributedOptimizer<O> {
         self.optimizer.set_lr(lr);
     }
 
-    /// The names of each bucket's parameters, in the order in which the buckets are filled.
+    /// The names of each bucket's parameters, in the order in which the buckets are filled. Sparse ones are in none.
     pub fn buckets(&self) -> Vec<Vec<String>> {
         let names = |bucket: &Bucket| bucket.members.iter().map(|member| member.name.clone()).collect();
         self.shared.lock().buckets.iter().map(names).collect()
@@ -192,7 +202,10 @@ impl<O: Optimizer> DistributedOptimizer<O> {
         }
     }
 
-    fn flats(&self) -> Vec<Tensor> {
-        self.shared.lock().buckets.iter().map(|bucket| bucket.flat.shallow_clone()).collect()
+    /// What holds the elements of all gradients.
+    fn gradients(&self) -> Result<Vec<Tensor>> {
+        let state = self.shared.lock();
+        let flats = state.buckets.iter().map(|bucket| Ok(bucket.flat.shallow_clone()));
+        flats.chain(state.sparse.iter().filter_map(|it| it.values().transpose())).collect()
     }
 }

@@ -115,6 +115,9 @@ impl Group {
         let mut lists: Vec<((Kind, tch::Device), AdamWLists)> = Vec::new();
         for slot in &self.slots {
             let Some(grad) = autograd::grad(&slot.param)? else { continue };
+            if grad.is_sparse() {
+                return Err(Error::invalid(format!("AdamW cannot update `{}` from a sparse gradient", slot.name)));
+            }
             let key = (slot.param.kind(), slot.param.device());
             let at = lists.iter().position(|(other, _)| *other == key).unwrap_or_else(|| {
                 lists.push((key, AdamWLists::default()));

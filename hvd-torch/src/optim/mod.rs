@@ -24,6 +24,11 @@ pub trait Optimizer {
     /// One update from the gradients. A parameter without a gradient stays as it is.
     fn step(&mut self) -> Result<()>;
 
+    /// Whether it can update from sparse gradients; no, unless it says otherwise.
+    fn takes_sparse(&self) -> bool {
+        false
+    }
+
     /// Zeroes the gradients.
     fn zero_grad(&mut self) -> Result<()>;
 
@@ -50,6 +55,10 @@ impl<O: Optimizer + ?Sized> Optimizer for Box<O> {
 
     fn step(&mut self) -> Result<()> {
         (**self).step()
+    }
+
+    fn takes_sparse(&self) -> bool {
+        (**self).takes_sparse()
     }
 
     fn zero_grad(&mut self) -> Result<()> {

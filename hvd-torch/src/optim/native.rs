@@ -94,6 +94,12 @@ impl Optimizer for TchOptimizer {
         Ok(())
     }
 
+    /// Which optimizer this is, tch does not tell. SGD without weight decay can; the others panic in [`Optimizer::step`] with
+    /// torch's words.
+    fn takes_sparse(&self) -> bool {
+        true
+    }
+
     fn zero_grad(&mut self) -> Result<()> {
         self.inner.zero_grad();
         Ok(())
