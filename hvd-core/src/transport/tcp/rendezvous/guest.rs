@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 
 use super::host::mesh_key;
-use super::lifeline::Lifeline;
+use super::lifeline::{GRACE, Lifeline};
 use super::note::Note;
 use super::proof::{self, Claim, Key, Purpose};
 use super::stream::Stream;
@@ -27,9 +27,6 @@ const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// After so many failed proofs the secrets differ for sure.
 const PROOF_ATTEMPTS: u32 = 3;
-
-/// Rank 0 knows best who is missing: its diagnosis is awaited this long after the deadline.
-const GRACE: Duration = Duration::from_secs(2);
 
 /// Finds rank 0, says who we are, and waits for the roster.
 pub(super) fn join(

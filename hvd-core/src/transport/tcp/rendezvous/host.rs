@@ -87,10 +87,14 @@ fn tell_latecomers(doorman: &Doorman<Caller>, mut expected: usize, error: &Error
         other => format!("rank 0 failed: {other}"),
     };
     let deadline = Instant::now() + FAREWELL_TIMEOUT;
-    while expected > 0 && Instant::now() < deadline && doorman.wait(&[], deadline).is_ok() {
+    loop {
+        // Also those who came just before the start failed, or with the deadline.
         while let Some(mut caller) = doorman.next() {
-            let _ = Note::Failed { text: text.clone() }.send(&mut caller.stream, deadline);
+            let _ = Note::Failed { text: text.clone() }.send(&mut caller.stream, Instant::now() + ROSTER_TIMEOUT);
             expected = expected.saturating_sub(1);
+        }
+        if expected == 0 || Instant::now() >= deadline || doorman.wait(&[], deadline).is_err() {
+            return;
         }
     }
 }
@@ -219,5 +223,29 @@ fn receive_hello(stream: &mut Stream, deadline: Instant) -> io::Result<Note> {
     match Note::receive(stream, deadline)? {
         hello @ Note::Hello { .. } => Ok(hello),
         other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("{other:?} instead of a hello"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv4Addr;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_rank_that_was_heard_as_the_start_failed_is_told() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(Listener::tcp).expect("a listener");
+        let doorman = Doorman::new(listener, greet_unix).expect("a doorman");
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let listener = (Ipv4Addr::LOCALHOST, 1).into();
+        let hello = Note::Hello { version: PROTOCOL_VERSION, rank: 1, size: 3, generation: 0, listener };
+        doorman.bell().send(Caller { stream: Stream::Unix(ours), hello });
+        // The bell has been heard, but the caller not yet let in.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        doorman.wait(&[], deadline).expect("the bell");
+
+        tell_latecomers(&doorman, 1, &rendezvous("lost rank 2"));
+        let told = Note::receive(&mut Stream::Unix(theirs), deadline).expect("a note");
+        assert_eq!(told, Note::Failed { text: "lost rank 2".into() });
     }
 }

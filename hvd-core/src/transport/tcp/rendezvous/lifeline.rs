@@ -11,6 +11,9 @@ use crate::error::{Error, Result};
 /// How long a note that has begun to arrive, or is being sent, may take.
 const NOTE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Rank 0 knows best who is missing: what it says is awaited this long after the deadline.
+pub(super) const GRACE: Duration = Duration::from_secs(2);
+
 /// This rank's part of the connections to rank 0.
 pub(super) enum Lifeline {
     /// There are none: the ranks met by other means.
@@ -52,11 +55,11 @@ impl Lifeline {
     }
 
     /// Says that this rank's connections stand, and waits until everybody's do.
-    pub(super) fn finish<T: Send + 'static>(&mut self, doorman: &Doorman<T>, deadline: Instant) -> Result<()> {
+    pub(super) fn finish<T: Send + 'static>(&mut self, doorman: &Doorman<T>, mut deadline: Instant) -> Result<()> {
         if let Lifeline::Guest(stream, _) = self {
-            Note::Ready
-                .send(stream, Instant::now() + NOTE_TIMEOUT)
-                .map_err(|error| rendezvous(format!("lost rank 0 during the start: {error}")))?;
+            deadline += GRACE;
+            // If rank 0 is gone, what it said before is still to be heard.
+            let _ = Note::Ready.send(stream, Instant::now() + NOTE_TIMEOUT);
         }
         while !self.is_complete() {
             if Instant::now() >= deadline {
@@ -67,9 +70,8 @@ impl Lifeline {
         }
         if let Lifeline::Host(guests) = self {
             for guest in guests {
-                Note::Go
-                    .send(&mut guest.stream, Instant::now() + NOTE_TIMEOUT)
-                    .map_err(|error| rendezvous(format!("lost rank {} during the start: {error}", guest.rank)))?;
+                // A rank that has died since is noticed by all, as in every world that stands.
+                let _ = Note::Go.send(&mut guest.stream, Instant::now() + NOTE_TIMEOUT);
             }
         }
         Ok(())
@@ -135,5 +137,25 @@ fn hear_from_host(stream: &mut Stream) -> Result<bool> {
         Ok(Note::Failed { text }) => Err(rendezvous(text)),
         Ok(other) => Err(rendezvous(format!("rank 0 said {other:?} out of turn"))),
         Err(error) => Err(rendezvous(format!("lost rank 0 during the start: {error}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::stream::Listener;
+    use super::*;
+    use std::net::{Ipv4Addr, TcpListener};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn rank_0_says_who_was_late_after_the_deadline() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(Listener::tcp).expect("a listener");
+        let doorman = Doorman::<()>::new(listener, |_, _, _| Ok(())).expect("a doorman");
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let now = Instant::now();
+        let late = Note::Failed { text: "ranks [1] are late".into() };
+        late.send(&mut Stream::Unix(theirs), now + Duration::from_secs(60)).expect("sending");
+        let error = Lifeline::Guest(Stream::Unix(ours), false).finish(&doorman, now).expect_err("a failed start");
+        assert!(error.to_string().contains("ranks [1] are late"), "{error}");
     }
 }
