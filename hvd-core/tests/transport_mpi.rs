@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hvd_core::transport::Transport;
 use hvd_core::transport::mpi::MpiTransport;
-use hvd_core::transport::tcp::{Identity, Meeting, TcpOptions};
+use hvd_core::transport::tcp::{Identity, Meeting, TcpOptions, TcpTransport};
 use hvd_core::{Error, Memory};
 use support::*;
 
@@ -79,9 +79,15 @@ fn a_lost_rank_ends_the_job() {
 fn as_a_rank() {
     let Ok(role) = std::env::var(ROLE) else { return };
     let identity = identity_of_launcher();
-    let meeting = Meeting::Unix { job: std::env::var("HVD_JOB_ID").expect("set for all ranks") };
-    let meeting = (role != "meet-through-mpi").then_some(&meeting);
-    let mut rank = MpiTransport::load(identity, meeting, &TcpOptions::default()).expect("joining");
+    let options = TcpOptions::default();
+    let rank = match role.as_str() {
+        "meet-through-mpi" => MpiTransport::load(identity, &options),
+        _ => {
+            let meeting = Meeting::Unix { job: std::env::var("HVD_JOB_ID").expect("set for all ranks") };
+            TcpTransport::connect(identity, &meeting, &options).and_then(MpiTransport::beside)
+        }
+    };
+    let mut rank = rank.expect("joining");
     match (role.as_str(), identity.rank) {
         ("die", 1) => std::process::abort(),
         ("panic", 1) => panic!("as told"),

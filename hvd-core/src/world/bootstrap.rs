@@ -190,7 +190,7 @@ fn transport(config: &Config, launch: &Launch, identity: Identity) -> Result<Box
 
 /// The transport of ranks that only MPI can introduce to each other.
 fn through_mpi(identity: Identity, config: &Config, options: &TcpOptions) -> Result<Box<dyn Transport>> {
-    let mut transport = MpiTransport::load(identity, None, options)?;
+    let mut transport = MpiTransport::load(identity, options)?;
     agree(&mut transport, config, Instant::now() + config.start_timeout)?;
     Ok(Box::new(transport))
 }

@@ -27,7 +27,7 @@ use waiter::MpiWaiter;
 
 use super::matching::{Matching, Posted, check_length};
 use super::requests::Requests;
-use super::tcp::{Identity, Meeting, TcpOptions, TcpTransport};
+use super::tcp::{Identity, TcpOptions, TcpTransport};
 use super::{MAX_MESSAGE_BYTES, Request, Tag, Transport, Waiter, origin};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -76,15 +76,12 @@ struct Fetch {
 }
 
 impl MpiTransport {
-    /// Connects the mesh, loads the plugin, starts MPI and compares its world with the launcher's. The ranks of the mesh meet at
-    /// `meeting`, or else by addresses exchanged through MPI.
+    /// Loads the plugin, starts MPI and compares its world with the launcher's. The ranks learn each other's addresses through
+    /// MPI, and connect a mesh.
     ///
     /// # Errors
     /// [`Error::Config`] if there is no plugin, or if MPI sees another world than the launcher.
-    pub fn load(identity: Identity, meeting: Option<&Meeting>, options: &TcpOptions) -> Result<MpiTransport> {
-        if let Some(meeting) = meeting {
-            return Self::beside(TcpTransport::connect(identity, meeting, options)?);
-        }
+    pub fn load(identity: Identity, options: &TcpOptions) -> Result<MpiTransport> {
         let plugin = start(identity)?;
         let mesh = TcpTransport::connect_through(identity, options, |address, seed| {
             exchange(plugin, identity, address, seed, Instant::now() + options.start_timeout)

@@ -106,6 +106,13 @@ pub enum Bench {
     Fusion,
 }
 
+impl Bench {
+    /// Its name in reports.
+    pub fn name(self) -> String {
+        format!("{self:?}").to_lowercase()
+    }
+}
+
 /// What serves the operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BackendChoice {

@@ -63,9 +63,9 @@ fn sweep<T: Value + Element>(world: &World, args: &Args) -> Result<u64> {
     let report = Report::new(world, args)?;
     let mut errors = 0;
     for bytes in args.sizes() {
-        let mut case = case::make::<T>(world, args, bytes)?;
-        let (seconds, wrong) = measure(world, args, &mut *case)?;
-        report.row(&Row::new(world, args, &*case, &seconds, args.check.then_some(wrong)))?;
+        let mut case = Case::<T>::new(world, args, bytes)?;
+        let (seconds, wrong) = measure(world, args, &mut case)?;
+        report.row(&Row::new(world, args, &case, &seconds, args.check.then_some(wrong)))?;
         errors += wrong;
     }
     if let Some(seconds) = args.idle {
@@ -74,8 +74,11 @@ fn sweep<T: Value + Element>(world: &World, args: &Args) -> Result<u64> {
     Ok(errors)
 }
 
-/// What the busiest rank uses of a core while nothing is submitted.
-fn share_while_idle(world: &World, time: Duration) -> Result<f64> {
+/// What the busiest rank uses of a core while nothing is submitted for `time`. All ranks must call it.
+///
+/// # Errors
+/// A lost world, or a clock that cannot be read.
+pub fn share_while_idle(world: &World, time: Duration) -> Result<f64> {
     world.barrier()?;
     let before = processor_time()?;
     std::thread::sleep(time);
@@ -90,7 +93,7 @@ fn processor_time() -> Result<Duration> {
 }
 
 /// Times of the slowest rank, ascending, in seconds; and the wrong elements of all ranks.
-fn measure(world: &World, args: &Args, case: &mut dyn Case) -> Result<(Vec<f64>, u64)> {
+fn measure<T: Value>(world: &World, args: &Args, case: &mut Case<'_, T>) -> Result<(Vec<f64>, u64)> {
     let (warmup, iterations) = args.repetitions(case.bytes());
     let mut seconds = Vec::with_capacity(iterations);
     let mut wrong = 0;
@@ -109,7 +112,7 @@ fn measure(world: &World, args: &Args, case: &mut dyn Case) -> Result<(Vec<f64>,
     Ok((seconds, wrong[0] as u64))
 }
 
-fn once(world: &World, case: &mut dyn Case) -> Result<Duration> {
+fn once<T: Value>(world: &World, case: &mut Case<'_, T>) -> Result<Duration> {
     case.refill();
     // A rank that waited for long was asleep at the first barrier, and its waking is not part of the operation.
     world.barrier()?;

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::args::Args;
 use super::case::{Case, human};
+use super::check::Value;
 
 /// One size's result.
 #[derive(Clone, Debug, Serialize)]
@@ -32,7 +33,7 @@ pub struct Row {
 
 impl Row {
     /// `seconds`: an iteration's each, ascending.
-    pub fn new(world: &World, args: &Args, case: &dyn Case, seconds: &[f64], errors: Option<u64>) -> Self {
+    pub fn new<T: Value>(world: &World, args: &Args, case: &Case<'_, T>, seconds: &[f64], errors: Option<u64>) -> Self {
         let (median, bytes) = (seconds[seconds.len() / 2], case.bytes());
         let algbw = bytes as f64 / median / 1e9;
         Row {
@@ -43,7 +44,7 @@ impl Row {
             median_us: round(median * 1e6, 1),
             min_us: round(seconds[0] * 1e6, 1),
             algbw_gbps: round(algbw, 3),
-            busbw_gbps: round(algbw * case.bus_factor(world.size()), 3),
+            busbw_gbps: round(algbw * case.bus_factor(), 3),
             backend: world.backend().to_string(),
             buffer: args.buffer.name(),
             dtype: args.dtype.0.to_string(),
