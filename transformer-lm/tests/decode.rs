@@ -109,12 +109,44 @@ fn nothing_new_is_nothing_new() {
     assert!(model.generate(&ids(&[vec![11]]), &greedy(1)).is_err());
 }
 
-/// Logits of the step after a prompt, for some sequences.
+fn some_tokens(sequences: usize) -> Tensor {
+    ids(&(0..sequences).map(|row| vec![1 + row, 4, 9, row, 3, 10 - row]).collect::<Vec<_>>())
+}
+
+/// Logits of the last of some steps after a prompt of two tokens.
 fn step(model: &TransformerLM, sequences: usize) -> Tensor {
-    let tokens = ids(&(0..sequences).map(|row| vec![1 + row, 4, 9, row]).collect::<Vec<_>>());
-    let mut cache = KvCache::new(model.config(), sequences as i64, 4, model.kind(), model.device());
-    let _ = model.hidden_cached(&tokens.narrow(1, 0, 3), &mut cache).unwrap();
-    model.logits(&model.hidden_cached(&tokens.narrow(1, 3, 1), &mut cache).unwrap()).detach()
+    let tokens = some_tokens(sequences);
+    let mut cache = KvCache::new(model.config(), sequences as i64, 6, model.kind(), model.device());
+    let mut logits = model.next_logits(&tokens.narrow(1, 0, 2), &mut cache).unwrap();
+    for at in 2..6 {
+        logits = model.next_logits(&tokens.narrow(1, at, 1), &mut cache).unwrap();
+    }
+    Tensor::from_slice(&logits).view([sequences as i64, -1])
+}
+
+#[test]
+fn steps_compute_what_the_whole_window_does() {
+    for sequences in [1, 3, 7] {
+        for threads in [1, 2] {
+            let (_store, model) = lively_model(&config(), Kind::Float);
+            tch::set_num_threads(threads);
+            let (logits, _) = model.forward_t(&some_tokens(sequences), None, None, false).unwrap();
+            let difference = distance(&logits.select(1, 5), &step(&model, sequences));
+            assert!(difference < 1e-5, "{sequences} sequences, {threads} threads: {difference}");
+        }
+    }
+}
+
+#[test]
+fn a_step_refuses_what_does_not_fit() {
+    let (_store, model) = lively_model(&config(), Kind::Float);
+    let mut cache = KvCache::new(model.config(), 1, 4, model.kind(), model.device());
+    let mut logits = |tokens: Vec<usize>| model.next_logits(&ids(&[tokens]), &mut cache);
+    assert_eq!(logits(vec![1, 2]).unwrap().len(), 11);
+    assert!(logits(vec![11]).unwrap_err().to_string().contains("token ids from 11 to 11"));
+    assert_eq!(logits(vec![3]).unwrap().len(), 11);
+    assert_eq!(logits(vec![4]).unwrap().len(), 11);
+    assert!(logits(vec![5]).unwrap_err().to_string().contains("do not fit into a cache of 4"));
 }
 
 #[test]

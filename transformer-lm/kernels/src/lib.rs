@@ -10,11 +10,13 @@ mod attention;
 mod exp;
 mod loss;
 mod product;
+mod row;
 
 pub use activation::{gelu, gelu_backward};
 pub use attention::{causal_softmax, causal_softmax_backward, causal_weights};
 pub use loss::{Loss, Target, cross_entropy};
-pub use product::multiply;
+pub use product::{Weight, multiply};
+pub use row::{add, layer_norm, weighted_sum};
 
 /// Partial results of a row that are kept side by side, so that a loop over it can use vectors.
 const LANES: usize = 16;

@@ -8,7 +8,6 @@ use tch::{Tensor, nn};
 use super::cache::LayerCache;
 use super::fused;
 use super::init::Init;
-use super::narrow::NarrowWeight;
 use super::{ModelConfig, STD};
 use crate::Result;
 
@@ -17,8 +16,6 @@ use crate::Result;
 pub(super) struct Linear {
     weight: Tensor,
     bias: Tensor,
-    /// The weight for steps of a generation, where that is wanted.
-    narrow: Option<NarrowWeight>,
 }
 
 impl Linear {
@@ -26,20 +23,11 @@ impl Linear {
         Self {
             weight: init.normal(path, "weight", &[outputs, inputs], std),
             bias: init.constant(path, "bias", &[outputs], 0.0),
-            narrow: None,
         }
-    }
-
-    fn narrow(&mut self) -> Result<()> {
-        self.narrow = Some(NarrowWeight::of(&self.weight)?);
-        Ok(())
     }
 
     fn forward(&self, x: &Tensor) -> Tensor {
-        match self.narrow.as_ref().and_then(|weight| weight.product(x)) {
-            Some(product) => product + &self.bias,
-            None => x.linear(&self.weight, Some(&self.bias)),
-        }
+        x.linear(&self.weight, Some(&self.bias))
     }
 }
 
@@ -175,12 +163,6 @@ impl Block {
             ln_2: LayerNorm::new(init, &(path / "ln_2"), config.d_model),
             mlp: Mlp::new(init, &(path / "mlp"), config),
         }
-    }
-
-    /// See [`TransformerLM::narrow_weights`](super::TransformerLM::narrow_weights).
-    pub(super) fn narrow(&mut self) -> Result<()> {
-        let layers = [&mut self.attn.c_attn, &mut self.attn.c_proj, &mut self.mlp.c_fc, &mut self.mlp.c_proj];
-        layers.into_iter().try_for_each(Linear::narrow)
     }
 
     /// (B, T, D) to (B, T, D).

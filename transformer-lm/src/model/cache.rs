@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::ModelConfig;
+use super::fused::{self, Span};
 
 /// Keys and values of one layer, with room for the longest sequence.
 #[derive(Debug)]
@@ -20,6 +21,27 @@ impl LayerCache {
         self.values.narrow(2, self.len, added).copy_(values);
         self.len += added;
         (self.keys.narrow(2, 0, self.len), self.values.narrow(2, 0, self.len))
+    }
+
+    /// Whether [`LayerCache::spans`] can be had.
+    pub(super) fn is_served(&self) -> bool {
+        fused::is_served(&self.keys) && fused::is_served(&self.values)
+    }
+
+    /// Makes place for a token, whose keys and values the caller writes; gives how many there are with it.
+    pub(super) fn grow(&mut self) -> usize {
+        self.len += 1;
+        self.len as usize
+    }
+
+    /// Tokens that there is room for.
+    pub(super) fn room(&self) -> usize {
+        self.keys.size()[2] as usize
+    }
+
+    /// All keys and values, (B, H, room, hs).
+    pub(super) fn spans(&self) -> (Span, Span) {
+        (Span::of(&self.keys), Span::of(&self.values))
     }
 }
 
@@ -48,6 +70,11 @@ impl KvCache {
     /// Whether nothing is remembered.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Sequences.
+    pub(super) fn rows(&self) -> i64 {
+        self.layers.first().map_or(0, |layer| layer.keys.size()[0])
     }
 
     /// Tokens that there is room for.

@@ -1,6 +1,6 @@
 //! Generation: one token after the other, with the keys and values of those before kept.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::random::Generator;
 use super::sampling::Sampling;
@@ -99,17 +99,14 @@ impl Iterator for Generation<'_> {
 
 impl Generation<'_> {
     fn step(&mut self) -> Result<Vec<Option<i64>>> {
-        let hidden = self.model.hidden_cached(&self.pending, &mut self.cache)?; // (B, T, D)
-        let last = hidden.narrow(1, -1, 1); // (B, 1, D)
-        let logits = tch::no_grad(|| self.model.logits(&last)).squeeze_dim(1); // (B, vocabulary)
-        let tokens = self.draw(&logits)?;
+        let logits = self.model.next_logits(&self.pending, &mut self.cache)?; // (B, vocabulary)
+        let tokens = self.draw(logits)?;
         self.prepare_next();
         Ok(tokens)
     }
 
-    fn draw(&mut self, logits: &Tensor) -> Result<Vec<Option<i64>>> {
+    fn draw(&mut self, mut logits: Vec<f32>) -> Result<Vec<Option<i64>>> {
         let width = self.model.config().vocab_size;
-        let mut logits = Vec::<f32>::try_from(logits.to_kind(Kind::Float).contiguous().view([-1]))?;
         let mut tokens = Vec::with_capacity(self.ended.len());
         for (row, logits) in logits.chunks_mut(width).enumerate() {
             self.params.sampling.penalise(logits, &self.history[row]);

@@ -25,10 +25,10 @@ mod decode;
 pub mod fused;
 mod init;
 mod loss;
-mod narrow;
 mod positions;
 pub mod random;
 pub mod sampling;
+mod step;
 mod weights;
 
 use tch::{Device, Kind, Tensor, nn};
@@ -37,7 +37,7 @@ use crate::{Error, Result};
 
 use block::{Attend, Block, LayerNorm, dropout};
 use init::Init;
-use narrow::NarrowWeight;
+use step::StepWeights;
 
 pub use backward::Backward;
 pub use block::LAYER_NORM_EPS;
@@ -61,8 +61,7 @@ pub struct TransformerLM {
     wpe: Tensor,
     blocks: Vec<Block>,
     ln_f: LayerNorm,
-    /// The head's weight for steps of a generation, where that is wanted.
-    narrow_head: Option<NarrowWeight>,
+    step: StepWeights,
     config: ModelConfig,
     parameters: Vec<(String, Tensor)>,
 }
@@ -97,29 +96,25 @@ impl TransformerLM {
             crate::memory::check_room(weights.saturating_add(table.saturating_mul(size_of::<f64>())))?;
         }
         let d = config.d_model;
-        Ok(Self {
-            wte: init.normal(&(vs / "wte"), "weight", &[config.vocab_size, d], STD),
-            wpe: match config.positions {
-                Positions::Learned => init.normal(&(vs / "wpe"), "weight", &[config.max_seq_len, d], STD),
-                Positions::Sinusoidal => positions::sinusoidal(config.max_seq_len, d, vs.kind(), vs.device()),
-            },
-            blocks: (0..config.n_layers).map(|i| Block::new(&mut init, &(vs / "h" / i), config)).collect(),
-            ln_f: LayerNorm::new(&mut init, &(vs / "ln_f"), d),
-            narrow_head: None,
-            config: config.clone(),
-            parameters: init.parameters,
-        })
+        let wte = init.normal(&(vs / "wte"), "weight", &[config.vocab_size, d], STD);
+        let wpe = match config.positions {
+            Positions::Learned => init.normal(&(vs / "wpe"), "weight", &[config.max_seq_len, d], STD),
+            Positions::Sinusoidal => positions::sinusoidal(config.max_seq_len, d, vs.kind(), vs.device()),
+        };
+        let blocks = (0..config.n_layers).map(|i| Block::new(&mut init, &(vs / "h" / i), config)).collect();
+        let ln_f = LayerNorm::new(&mut init, &(vs / "ln_f"), d);
+        let parameters = init.parameters;
+        let step = StepWeights::new(config, &parameters, &wpe);
+        Ok(Self { wte, wpe, blocks, ln_f, step, config: config.clone(), parameters })
     }
 
-    /// Keeps a second copy of the dense weights and the head's, rounded to bf16, from which the steps of a generation are computed: on a
-    /// CPU they take as long as it takes to read the weights. Prompts are still read with the weights as they are.
+    /// Keeps a second copy of the dense weights and the head's, rounded to bf16, from which the steps of a generation of few sequences are
+    /// computed: on a CPU they take as long as it takes to read the weights. Prompts are still read with the weights as they are.
     ///
     /// # Errors
     /// A model that is not on the CPU.
     pub fn narrow_weights(&mut self) -> Result<()> {
-        self.blocks.iter_mut().try_for_each(Block::narrow)?;
-        self.narrow_head = Some(NarrowWeight::of(&self.wte)?);
-        Ok(())
+        self.step.narrow()
     }
 
     /// The shape it was made with.
@@ -184,6 +179,23 @@ impl TransformerLM {
         tch::no_grad(|| self.forward_cached(input_ids, cache))
     }
 
+    /// The logits of what follows `input_ids` (B, T), which follow the tokens in `cache` and join them: those of each sequence's last
+    /// token, one sequence after the other, in f32.
+    ///
+    /// # Errors
+    /// As [`TransformerLM::hidden_cached`].
+    pub fn next_logits(&self, input_ids: &Tensor, cache: &mut KvCache) -> Result<Vec<f32>> {
+        if self.step.serves(input_ids, cache) {
+            let ids = Vec::<i64>::try_from(input_ids.view([-1]))?;
+            let known = |id: i64| usize::try_from(id).ok().filter(|&id| id < self.config.vocab_size);
+            let ids: Option<Vec<usize>> = ids.into_iter().map(known).collect();
+            return self.step.logits(&ids.ok_or_else(|| self.bad_ids(input_ids))?, cache);
+        }
+        let hidden = self.hidden_cached(input_ids, cache)?; // (B, T, D)
+        let logits = tch::no_grad(|| self.logits(&hidden.narrow(1, -1, 1))); // (B, 1, vocabulary)
+        Ok(Vec::<f32>::try_from(logits.to_kind(Kind::Float).contiguous().view([-1]))?)
+    }
+
     fn forward_cached(&self, input_ids: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
         let (past, added) = (cache.len(), token_shape(input_ids)?.1);
         if past + added > cache.room() {
@@ -204,8 +216,7 @@ impl TransformerLM {
 
     /// (B, T, D) to (B, T, vocabulary), by the embedding's weights.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        let narrow = self.narrow_head.as_ref().and_then(|weight| weight.product(hidden));
-        narrow.unwrap_or_else(|| hidden.linear::<Tensor>(&self.wte, None))
+        hidden.linear::<Tensor>(&self.wte, None)
     }
 
     /// Tokens and positions from `start` on: (B, T) to (B, T, D).

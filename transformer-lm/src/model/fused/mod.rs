@@ -12,9 +12,11 @@ pub use activation::gelu;
 pub use attention::causal_attention;
 pub use head::{HeadLoss, HeadOptions, linear_cross_entropy};
 
+pub(super) use span::Span;
+
 use tch::{Device, Kind, Tensor};
 
 /// Whether the functions here can read and write the tensor's elements.
-fn is_served(tensor: &Tensor) -> bool {
+pub(super) fn is_served(tensor: &Tensor) -> bool {
     tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous() && tensor.numel() > 0
 }

@@ -8,7 +8,7 @@ use tch::Tensor;
 use super::is_served;
 
 /// The elements of a contiguous f32 tensor, which lives as long as this does.
-pub(super) struct Span {
+pub(in crate::model) struct Span {
     data: *mut f32,
     len: usize,
     _tensor: Tensor,
@@ -20,7 +20,7 @@ unsafe impl Sync for Span {}
 impl Span {
     /// # Panics
     /// If the tensor is not one that [`is_served`].
-    pub(super) fn of(tensor: &Tensor) -> Span {
+    pub(in crate::model) fn of(tensor: &Tensor) -> Span {
         assert!(is_served(tensor));
         Span { data: tensor.data_ptr().cast(), len: tensor.numel(), _tensor: tensor.shallow_clone() }
     }
@@ -29,7 +29,7 @@ impl Span {
     ///
     /// # Safety
     /// Nobody writes to them while the slice lives.
-    pub(super) unsafe fn read(&self, range: Range<usize>) -> &[f32] {
+    pub(in crate::model) unsafe fn read(&self, range: Range<usize>) -> &[f32] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: within the tensor's elements; the rest is the caller's promise.
         unsafe { std::slice::from_raw_parts(self.data.add(range.start), range.len()) }
@@ -40,7 +40,7 @@ impl Span {
     /// # Safety
     /// Nobody else reads or writes them while the slice lives.
     #[allow(clippy::mut_from_ref)] // the threads of a loop share the span and write to parts of their own
-    pub(super) unsafe fn write(&self, range: Range<usize>) -> &mut [f32] {
+    pub(in crate::model) unsafe fn write(&self, range: Range<usize>) -> &mut [f32] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
