@@ -117,9 +117,7 @@ fn example(name: &str) -> PathBuf {
 fn its_programs_run() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let folder = folder.path();
-    let words = ["king", "queen", "speaks", "to", "the", "crown", "sword", "of", "night"];
-    let text: Vec<&str> = (0..4000).map(|i: usize| words[i * i % 31 % words.len()]).collect();
-    std::fs::write(folder.join("text.txt"), text.join(" ")).expect("a text");
+    std::fs::write(folder.join("text.txt"), tutorial()).expect("a text");
     // As its first section says.
     let prepare = ["prepare", "--input", "text.txt", "--tokenizer", "byte", "--output", "data/tutorial"];
     assert!(tutorial().contains("lm prepare --input text.txt --tokenizer byte --output data/tutorial"));

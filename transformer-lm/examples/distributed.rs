@@ -9,11 +9,11 @@ fn main() -> Result<()> {
     // Finds the other ranks and deals the host's cores to its ranks; `true` would refuse to run alone.
     let setup = setup_horovod(false)?;
     let (rank, size) = (hvd_torch::rank().map_err(hvd_torch::Error::from)?, setup.world_size);
-    assert_eq!((rank, setup.local_rank < size, setup.cuda && size == 0), (setup.rank, true, false));
+    let device = if setup.cuda { Device::Cuda(setup.local_rank) } else { Device::Cpu };
 
     let shape =
         ModelConfig { vocab_size: 64, d_model: 32, n_heads: 2, n_layers: 1, d_ff: 64, ..ModelConfig::default() };
-    let store = VarStore::new(Device::Cpu);
+    let store = VarStore::new(device);
     let model = TransformerLM::new(&store.root(), &shape, 1 + rank as u64)?; // other weights on each rank
     hvd_torch::broadcast_parameters(&model.parameters(), 0)?; // now those of rank 0 on all
 
@@ -29,7 +29,7 @@ fn main() -> Result<()> {
         optimizer.zero_grad()?;
         let mut sum = 0.0;
         for micro in 0..2 {
-            let batch = Tensor::arange(32, (Kind::Int64, Device::Cpu)).view([2, 16]) + (rank as i64 + step + micro) % 8;
+            let batch = Tensor::arange(32, (Kind::Int64, device)).view([2, 16]) + (rank as i64 + step + micro) % 8;
             let (_, loss) = model.forward_t(&batch, None, Some(&batch), false)?;
             let loss = loss.expect("labels were given") / 2.0;
             loss.backward(); // gradients travel while it runs

@@ -184,6 +184,10 @@ impl Optimizer for AdamW {
         Ok(self.slots().flat_map(Slot::state).collect())
     }
 
+    fn check_state(&self, state: &[(String, Tensor)]) -> Result<()> {
+        match_state(&self.state()?, state).map(drop)
+    }
+
     fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()> {
         let own = self.state()?;
         let pairs = match_state(&own, state)?;

@@ -41,10 +41,16 @@ pub trait Optimizer {
     /// If this optimizer keeps its state to itself.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;
 
+    /// Whether this optimizer can [load](Optimizer::load_state) `state`. Asks no other rank.
+    ///
+    /// # Errors
+    /// If a tensor is missing, unknown or of another shape or type.
+    fn check_state(&self, state: &[(String, Tensor)]) -> Result<()>;
+
     /// Copies `state` into this optimizer.
     ///
     /// # Errors
-    /// If a tensor is missing, unknown or of another shape; then nothing was changed.
+    /// Of [`Optimizer::check_state`]; then nothing was changed.
     fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()>;
 }
 
@@ -71,6 +77,10 @@ impl<O: Optimizer + ?Sized> Optimizer for Box<O> {
 
     fn state(&self) -> Result<Vec<(String, Tensor)>> {
         (**self).state()
+    }
+
+    fn check_state(&self, state: &[(String, Tensor)]) -> Result<()> {
+        (**self).check_state(state)
     }
 
     fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()> {

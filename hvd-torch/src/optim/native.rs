@@ -113,6 +113,10 @@ impl Optimizer for TchOptimizer {
         Err(no_state("saved"))
     }
 
+    fn check_state(&self, _state: &[(String, Tensor)]) -> Result<()> {
+        Err(no_state("loaded"))
+    }
+
     fn load_state(&mut self, _state: &[(String, Tensor)]) -> Result<()> {
         Err(no_state("loaded"))
     }

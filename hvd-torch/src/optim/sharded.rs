@@ -1,7 +1,7 @@
 //! AdamW whose moments are spread over the ranks.
 
 use hvd_core::World;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::{AdamW, Optimizer, ParamGroup};
 use crate::error::{Error, Result};
@@ -61,7 +61,7 @@ impl ShardedAdamW {
                 let name = format!("{what}.{parameter}");
                 let found = own.iter().chain(given).find(|(other, _)| *other == name);
                 let blank = || match what {
-                    "step" => Tensor::f_zeros([0i64; 0], (tch::Kind::Float, tensor.device())),
+                    "step" => Tensor::f_zeros([0i64; 0], (Kind::Float, tensor.device())),
                     _ => tch::no_grad(|| tensor.f_zeros_like()),
                 };
                 let shared = found.map_or_else(blank, |(_, tensor)| Ok(tensor.shallow_clone()))?;
@@ -70,24 +70,6 @@ impl ShardedAdamW {
             }
         }
         Ok(())
-    }
-
-    /// What rank 0 is to load must be there, whole and of the right shape, before the others hear of it.
-    fn check(&self, state: &[(String, Tensor)]) -> Result<()> {
-        for (parameter, tensor) in &self.parameters {
-            for what in STATE {
-                let name = format!("{what}.{parameter}");
-                let size = if what == "step" { Vec::new() } else { tensor.size() };
-                let fits = |(other, found): &(String, Tensor)| *other == name && found.size() == size;
-                if !state.iter().any(fits) {
-                    return Err(Error::invalid(format!("the optimizer's state lacks `{name}` of {size:?}")));
-                }
-            }
-        }
-        match state.len() == STATE.len() * self.parameters.len() {
-            true => Ok(()),
-            false => Err(Error::invalid("the optimizer's state has tensors of parameters that this model lacks")),
-        }
     }
 }
 
@@ -147,9 +129,32 @@ impl Optimizer for ShardedAdamW {
         Ok(whole)
     }
 
+    /// Of the whole state, which rank 0 has.
+    fn check_state(&self, state: &[(String, Tensor)]) -> Result<()> {
+        for (parameter, tensor) in &self.parameters {
+            for what in STATE {
+                let name = format!("{what}.{parameter}");
+                let (size, kind) = match what {
+                    "step" => (Vec::new(), Kind::Float),
+                    _ => (tensor.size(), tensor.kind()),
+                };
+                let fits = |(other, found): &(String, Tensor)| {
+                    *other == name && (found.size(), found.kind()) == (size.clone(), kind)
+                };
+                if !state.iter().any(fits) {
+                    return Err(Error::invalid(format!("the optimizer's state lacks `{name}` of {kind:?} {size:?}")));
+                }
+            }
+        }
+        match state.len() == STATE.len() * self.parameters.len() {
+            true => Ok(()),
+            false => Err(Error::invalid("the optimizer's state has tensors of parameters that this model lacks")),
+        }
+    }
+
     fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()> {
         if self.world.rank() == 0 {
-            self.check(state)?;
+            self.check_state(state)?;
             // What rank 0 owns it keeps under the same names: it must send what was given instead.
             let own = self.own.as_ref().map_or(Ok(Vec::new()), AdamW::state)?;
             for (name, mut tensor) in own {

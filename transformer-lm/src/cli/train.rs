@@ -83,6 +83,8 @@ pub fn run(args: TrainArgs) -> Result<()> {
     if let Some(folder) = args.output_dir {
         config.paths = PathsSection { checkpoint_dir: folder, ..Default::default() };
     }
+    config.training.overfit_one_batch |= args.overfit_one_batch;
+    config.training.profile = args.profile.or(config.training.profile);
     if args.print_config {
         if launched_rank() == 0 {
             print!("{}", config.to_yaml());
@@ -92,8 +94,6 @@ pub fn run(args: TrainArgs) -> Result<()> {
     if args.dry_run {
         return plan(&config);
     }
-    config.training.overfit_one_batch |= args.overfit_one_batch;
-    config.training.profile = args.profile.or(config.training.profile);
     let resume = args.resume.as_deref().map(Resume::from);
     run_distributed_training(&config, resume.as_ref(), &args.run_name).map(drop)
 }

@@ -88,10 +88,13 @@ pub fn import_hf(input: &Path, output: &Path) -> Result<Imported> {
     Ok(Imported { model: config.model, tokenizer, notes })
 }
 
-/// A folder to make files in, beside the one that they are for; it is gone when this is dropped.
+/// A folder to make files in, beside the one that they are for. It is gone when this is dropped, and so are parents that were made for
+/// it and hold nothing.
 struct Staging {
     folder: PathBuf,
     target: PathBuf,
+    /// Deepest first.
+    made: Vec<PathBuf>,
 }
 
 impl Staging {
@@ -109,8 +112,10 @@ impl Staging {
             return Err(Error::data(&target, "is there already and not empty; choose another --output or remove it"));
         }
         let folder = parent.join(format!(".tmp-interchange-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-        Ok(Staging { folder, target })
+        let made = parent.ancestors().take_while(|parent| !parent.exists()).map(Path::to_path_buf).collect();
+        let staging = Staging { folder, target, made };
+        std::fs::create_dir_all(&staging.folder).map_err(Error::io("create", &staging.folder))?;
+        Ok(staging)
     }
 
     /// The target's parent and name; [`Staging::beside`] has seen that there are both.
@@ -123,5 +128,8 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.folder);
+        for parent in &self.made {
+            let _ = std::fs::remove_dir(parent); // one that holds something stays
+        }
     }
 }

@@ -199,6 +199,14 @@ impl Learner {
         Ok(self.optimizer.inner().state()?)
     }
 
+    /// Whether `moments` are those of this model, which rank 0 can tell alone.
+    ///
+    /// # Errors
+    /// [`Error::Hvd`], where they are another model's.
+    pub fn check_moments(&self, moments: &[(String, Tensor)]) -> Result<()> {
+        Ok(self.optimizer.inner().check_state(moments)?)
+    }
+
     /// All ranks take the optimizer's state that rank 0 gives.
     ///
     /// # Errors

@@ -157,6 +157,10 @@ impl<'a> Run<'a> {
                 let saved = checkpoint::read_state(path)?;
                 resume::check(path, &saved, &self.state)?;
                 let loaded = checkpoint::read_checkpoint(path, &self.learner.model)?;
+                if loaded.state.global_step > 0 {
+                    let refuse = |error: Error| Error::checkpoint(path, format!("optimizer.safetensors: {error}"));
+                    self.learner.check_moments(&loaded.moments).map_err(refuse)?;
+                }
                 crate::model::copy_weights(&self.learner.model, loaded.weights, path)?;
                 moments = loaded.moments;
                 let world_size = self.setup.world_size;

@@ -1,6 +1,6 @@
 //! Command lines.
 
-use super::lab::{Lab, RUN};
+use super::lab::{Lab, RUN, run};
 
 #[test]
 fn arguments_of_train() {
@@ -109,5 +109,18 @@ fn arguments_of_the_other_commands() {
     for (line, code, message) in cases {
         lab.refuses(&line.replace("RUN", RUN), code, message);
     }
+    // Folders that were made on the way to a name that is too long.
+    let line = format!("lm export --checkpoint {RUN} --output new/folder/{}", "x".repeat(250));
+    lab.refuses(&line, 1, "File name too long");
     lab.finish();
+}
+
+#[test]
+fn the_printed_configuration_has_what_flags_say() {
+    let folder = Lab::new().folder();
+    let output =
+        run(folder.path(), "train --config config.yaml --print-config --overfit-one-batch --profile trace.json");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    assert!(said.contains("overfit_one_batch: true") && said.contains("profile: trace.json"), "{said}");
 }

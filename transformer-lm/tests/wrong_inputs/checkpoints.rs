@@ -134,6 +134,20 @@ fn checkpoints_that_training_cannot_go_on_from() {
             "optimizer.safetensors: not a whole safetensors file",
         ),
         (
+            "optimizer of another model",
+            |f| {
+                forge_header(f, OPTIMIZER, |h| {
+                    h["step.x"] = h.as_object_mut().unwrap().remove("step.wte.weight").unwrap()
+                })
+            },
+            "optimizer.safetensors: ",
+        ),
+        (
+            "moments of another shape",
+            |f| forge_header(f, OPTIMIZER, |h| h["exp_avg.wte.weight"]["shape"] = json!([16, 256])),
+            "`exp_avg.wte.weight` in the optimizer's state is ",
+        ),
+        (
             "position after the epoch",
             |f| state(f, |s| s["step"] = 4000.into()),
             "state.json is damaged: 0 epochs of 110 updates and 4000 more are not 4",
