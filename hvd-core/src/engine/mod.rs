@@ -344,6 +344,7 @@ impl Core {
             return Ok(None);
         }
         let now = Instant::now();
+        let had_news = self.has_news();
         if let Some(age) = self.stall.look(now) {
             let overdue = self.overdue(now, age);
             match self.stall.judge(now, overdue) {
@@ -352,8 +353,12 @@ impl Core {
                 Complaint::Failure(text) => return Err(Error::Stalled(text)),
             }
         }
-        let news = self.sets.values().any(Set::has_news);
-        Ok(if news { Some(Duration::ZERO) } else { self.stall.pause(now) })
+        // News of before wait for the end of a round, which wakes.
+        Ok(if self.has_news() && !had_news { Some(Duration::ZERO) } else { self.stall.pause(now) })
+    }
+
+    fn has_news(&self) -> bool {
+        self.sets.values().any(Set::has_news)
     }
 
     /// What of this rank's has waited for `age` in any process set.
@@ -410,5 +415,44 @@ impl Demand {
             | Demand::Remove(_, entry)
             | Demand::Exchange(_, entry) => entry.complete(result),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::submission::{Allreduce, OpKind, Output, Promise, Submission};
+    use super::*;
+    use crate::device::Device;
+    use crate::dtype::DType;
+    use crate::memory::Memory;
+    use crate::transport::thread::ThreadTransport;
+
+    fn submit(core: &mut Core, name: &str) {
+        let (promise, _) = Promise::new();
+        let kind = OpKind::Allreduce(Allreduce::sum());
+        let submission = Submission {
+            name: name.into(),
+            kind,
+            dtype: DType::F32,
+            shape: vec![1],
+            input: Memory::zeroed(4),
+            output: Output::InPlace,
+            device: Device::Cpu,
+        };
+        let items = vec![Item::new(submission, promise)];
+        core.accept(Demand::Submit(WORLD, Entry { name: name.into(), items }));
+        while core.step() {}
+    }
+
+    #[test]
+    fn the_engine_sleeps_where_its_news_wait_for_the_end_of_a_round() {
+        let transport = ThreadTransport::world(2).swap_remove(0);
+        let (config, observers) = (Config::default(), Arc::default());
+        let mut core = Core::new(Box::new(transport), Sharing::None, false, &config, observers).unwrap();
+        submit(&mut core, "first"); // begins a round, which the other rank does not join
+        submit(&mut core, "second");
+        assert!(core.has_news());
+        core.inspect().unwrap(); // looks for what waits in vain
+        assert!(core.inspect().unwrap().is_some_and(|pause| !pause.is_zero()));
     }
 }
