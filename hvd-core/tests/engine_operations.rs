@@ -120,6 +120,19 @@ proptest! {
 }
 
 #[test]
+fn large_blocks_of_an_alltoall_arrive() {
+    on_ranks(3, |world| {
+        let rows = |from: usize, to: usize| 300_000 * ((from + to) % 3);
+        let splits: Vec<_> = (0..3).map(|to| rows(world.rank(), to)).collect();
+        let data = vec![world.rank() as i64; splits.iter().sum()];
+        let (blocks, received) = world.alltoall("large", &data, Some(&splits))?;
+        assert_eq!(received, (0..3).map(|from| rows(from, world.rank())).collect::<Vec<_>>());
+        assert!(blocks == (0..3).flat_map(|from| vec![from as i64; received[from]]).collect::<Vec<_>>());
+        Ok(())
+    });
+}
+
+#[test]
 fn out_of_place_leaves_the_input() {
     on_ranks(3, |world| {
         let input = tensor(world.rank(), 70_000);
@@ -133,9 +146,10 @@ fn out_of_place_leaves_the_input() {
     });
 }
 
+/// What the paper promises.
 #[test]
 fn adasum_of_equal_vectors_is_the_vector_and_of_orthogonal_ones_their_sum() {
-    for size in 1..=5 {
+    for size in 1..=8 {
         on_ranks(size, |world| {
             let same = tensor(0, 3000);
             let mut data = same.clone();
@@ -145,6 +159,9 @@ fn adasum_of_equal_vectors_is_the_vector_and_of_orthogonal_ones_their_sum() {
             apart[world.rank()] = 3.0;
             world.allreduce("apart", &mut apart, Allreduce::new(ReduceOp::Adasum).postscale(2.0))?;
             (0..64).for_each(|at| assert_eq!(apart[at], if at < size { 6.0 } else { 0.0 }));
+            let mut nothing = [0.0f32; 8];
+            world.allreduce("nothing", &mut nothing, ReduceOp::Adasum)?;
+            assert_eq!(nothing, [0.0; 8]);
             Ok(())
         });
     }

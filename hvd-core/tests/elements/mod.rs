@@ -1,6 +1,8 @@
 //! Elements of any type as the tests see them: random ones, and their values as f64 or i128.
 #![allow(dead_code)] // Each test binary uses a part.
 
+pub mod adasum;
+
 use half::{bf16, f16};
 use hvd_core::{DType, ReduceOp};
 
