@@ -58,7 +58,7 @@ make_model() {
     step "$1: making the model"
     mkdir "$folder"
     {
-        "$BIN/lm" prepare --input README.md docs/*.md transformer-lm/src/*/*.rs --tokenizer $tokenizer --output "$folder/data" \
+        "$BIN/lm" prepare --input README.md docs/DESIGN.md --tokenizer $tokenizer --output "$folder/data" \
             --val-fraction 0.2 &&
             "$BIN/train" --config "$config" --run-name model --output-dir "$folder/runs" --set "data.data_dir=$folder/data" --set training.max_steps=1 \
             --set training.global_batch_size=1 --set training.amp_dtype=fp32 --set training.device=cpu --set training.sample_tokens=0 \
