@@ -58,6 +58,21 @@ pub fn grad(leaf: &Tensor) -> Result<Option<Tensor>> {
     Ok(if shim::grad_defined(leaf)? { Some(leaf.f_grad()?) } else { None })
 }
 
+/// Has `add` add to the gradient of `leaf` in place, and makes one of zeros first where there is none. For a function given to
+/// [`differentiate`] that would otherwise make a large gradient only for torch to add it: it gives an undefined one (`Tensor::new()`)
+/// instead. A hook of `leaf` runs as ever, once all functions of the graph that `leaf` went into have done their part.
+///
+/// # Errors
+/// What `add` returns; with torch's reason.
+pub fn accumulate(leaf: &Tensor, add: impl FnOnce(Tensor) -> Result<()>) -> Result<()> {
+    if !shim::grad_defined(leaf)? {
+        let zeros = tch::no_grad(|| leaf.f_zeros_like())?;
+        shim::grad_set(leaf, Some(&zeros))?;
+    }
+    let grad = leaf.f_grad()?;
+    tch::no_grad(|| add(grad))
+}
+
 /// Backward from several roots, each with the gradient that comes from outside (`None`: 1, for a scalar root).
 ///
 /// # Errors
@@ -73,7 +88,7 @@ pub fn wanted<'a>(inputs: impl IntoIterator<Item = &'a Tensor>) -> bool {
 }
 
 /// Has a backward pass through `outputs`, which must be new tensors, call `backward` with their gradients; it gives those of
-/// `inputs`, one each. Nothing happens where no gradient is wanted. A second pass is an error unless the first retains the graph:
+/// `inputs`, one each (an undefined tensor for none). Nothing happens where no gradient is wanted. A second pass is an error unless the first retains the graph:
 /// what `backward` keeps is dropped after it.
 ///
 /// # Errors

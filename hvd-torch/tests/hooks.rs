@@ -113,6 +113,35 @@ fn backward_accumulates_into_a_gradient_that_was_set() {
 }
 
 #[test]
+fn a_function_can_add_to_a_gradient_itself() {
+    let (a, b) = (leaf(&[2.0, 3.0]), leaf(&[5.0, 7.0]));
+    let trace = Trace::default();
+    let _hooks = [traced(&trace, "a", &a), traced(&trace, "b", &b)];
+    let run = || {
+        let product = tch::no_grad(|| &a * &b);
+        let kept = [a.shallow_clone(), b.shallow_clone()];
+        let backward = move |grads: &[Tensor]| {
+            let [a, b] = &kept;
+            autograd::accumulate(a, |mut grad| {
+                let _ = grad.f_addcmul_(&grads[0], b)?;
+                Ok(())
+            })?;
+            Ok(vec![Tensor::new(), &grads[0] * a])
+        };
+        autograd::differentiate(&[&a, &b], std::slice::from_ref(&product), backward).unwrap();
+        // Used once more, by a function of torch's: the hook waits for both.
+        (product.sum(Kind::Double) + (&a * 100.0).sum(Kind::Double)).backward();
+    };
+    run();
+    assert_eq!((values(&a.grad()), values(&b.grad())), (vec![105.0, 107.0], vec![2.0, 3.0]));
+    assert_eq!(trace.lock().unwrap().len(), 2);
+    let address = a.grad().data_ptr();
+    run();
+    assert_eq!((values(&a.grad()), a.grad().data_ptr()), (vec![210.0, 214.0], address));
+    assert_eq!(trace.lock().unwrap().len(), 4);
+}
+
+#[test]
 fn backward_from_the_middle() {
     let a = leaf(&[2.0, 3.0]);
     let middle = &a * 5.0;
