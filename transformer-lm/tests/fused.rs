@@ -1,13 +1,26 @@
 //! The functions of [`transformer_lm::model::fused`] against torch's in f64.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use hvd_torch::Hook;
 use proptest::prelude::*;
 use tch::{Device, Kind, Reduction, Tensor};
-use transformer_lm::model::fused::{HeadOptions, causal_attention, gelu, linear_cross_entropy};
+use transformer_lm::model::fused::{
+    Dense, HeadOptions, LayerNormOptions, add_linear, add_linear_norm, causal_attention, embedding, gelu, layer_norm,
+    linear, linear_cross_entropy,
+};
 
-/// Values from `seed`, so that a failing case can be run again.
-fn values(seed: i64, shape: &[i64], scale: f64) -> Tensor {
+/// What `draw` draws from `seed`, so that a failing case can be run again. The tests' threads share one generator.
+fn drawn(seed: i64, draw: impl FnOnce() -> Tensor) -> Tensor {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     tch::manual_seed(seed);
-    Tensor::randn(shape, (Kind::Double, Device::Cpu)) * scale
+    draw()
+}
+
+fn values(seed: i64, shape: &[i64], scale: f64) -> Tensor {
+    drawn(seed, || Tensor::randn(shape, (Kind::Double, Device::Cpu))) * scale
 }
 
 /// The greatest difference, relative to the greatest value expected.
@@ -58,6 +71,20 @@ fn plain_attention(qkv: &Tensor, heads: i64) -> Tensor {
     weights.matmul(&part(2)).transpose(1, 2).reshape([b, t, d])
 }
 
+fn dense(parameters: &[Tensor]) -> Dense<'_> {
+    Dense { weight: &parameters[0], bias: &parameters[1] }
+}
+
+fn norm(parameters: &[Tensor], eps: f64) -> LayerNormOptions<'_> {
+    LayerNormOptions { weight: &parameters[0], bias: &parameters[1], eps }
+}
+
+fn plain_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Tensor {
+    let centred = x - x.mean_dim(-1, true, Kind::Double);
+    let variance = centred.square().mean_dim(-1, true, Kind::Double);
+    centred / (variance + eps).sqrt() * weight + bias
+}
+
 fn plain_loss(hidden: &Tensor, weight: &Tensor, targets: &Tensor, smoothing: f64) -> Tensor {
     hidden.linear::<Tensor>(weight, None).cross_entropy_loss::<Tensor>(targets, None, Reduction::Sum, -100, smoothing)
 }
@@ -68,9 +95,13 @@ fn options(smoothing: f64) -> HeadOptions {
 
 /// Targets in the vocabulary; about a fourth left out.
 fn some_targets(seed: i64, rows: i64, vocabulary: i64) -> Tensor {
-    tch::manual_seed(seed);
-    let drawn = Tensor::randint(vocabulary, [rows], (Kind::Int64, Device::Cpu));
-    drawn.masked_fill(&Tensor::rand([rows], (Kind::Float, Device::Cpu)).lt(0.25), -100)
+    let ids = some_ids(seed, rows, vocabulary);
+    let left_out = drawn(seed, || Tensor::rand([rows], (Kind::Float, Device::Cpu))).lt(0.25);
+    ids.masked_fill(&left_out, -100)
+}
+
+fn some_ids(seed: i64, rows: i64, vocabulary: i64) -> Tensor {
+    drawn(seed + 1, || Tensor::randint(vocabulary, [rows], (Kind::Int64, Device::Cpu)))
 }
 
 proptest! {
@@ -78,8 +109,87 @@ proptest! {
 
     #[test]
     fn gelu_is_torchs(seed in 0i64..1000, rows in 1i64..40, columns in 1i64..700, scale in 0.1f64..8.0) {
-        let x = values(seed, &[rows, columns], scale);
-        agrees(&[x], |x| gelu(&x[0]).unwrap(), |x| x[0].gelu("tanh"));
+        let (x, bias) = (values(seed, &[rows, columns], scale), values(seed + 1, &[columns], 1.0));
+        agrees(
+            &[x, bias],
+            |x| gelu(&x[0] * 1.0, Some(&x[1])).unwrap(),
+            |x| (&x[0] + &x[1]).gelu("tanh"),
+        );
+    }
+
+    #[test]
+    fn a_branch_is_added_and_normalised(
+        seed in 0i64..1000, rows in 1i64..150, inputs in 1i64..40, columns in 8i64..150, scale in 0.1f64..8.0, eps in 1e-5f64..1e-1,
+    ) {
+        let of = |at: i64, shape: &[i64]| values(seed + at, shape, if at == 0 { scale } else { 1.0 });
+        let vector = |at| of(at, &[columns]);
+        let given = [of(0, &[rows, columns]), of(1, &[rows, inputs]), of(2, &[columns, inputs]), vector(3), vector(4), vector(5)];
+        let both = |(sum, normal): (Tensor, Tensor)| Tensor::cat(&[sum, normal], 0);
+        agrees_within(
+            1e-4, // of few columns the variance may be small beside the values
+            &given,
+            |x| both(add_linear_norm(&x[0], &x[1], dense(&x[2..]), norm(&x[4..], eps)).unwrap()),
+            |x| {
+                let sum = &x[0] + x[1].linear(&x[2], Some(&x[3]));
+                both((sum.shallow_clone(), plain_norm(&sum, &x[4], &x[5], eps)))
+            },
+        );
+        agrees_within(
+            1e-4,
+            &[&given[0], &given[4], &given[5]].map(Tensor::shallow_clone),
+            |x| layer_norm(&x[0], norm(&x[1..], eps)).unwrap(),
+            |x| plain_norm(&x[0], &x[1], &x[2], eps),
+        );
+        agrees_within(
+            2e-5,
+            &given[..4],
+            |x| add_linear(&x[0], &x[1], dense(&x[2..])).unwrap(),
+            |x| &x[0] + x[1].linear(&x[2], Some(&x[3])),
+        );
+    }
+
+    /// The gradients of weights are there before, and what is added in place counts as one pass of each.
+    #[test]
+    fn gradients_in_place_are_those_of_torch(
+        seed in 0i64..1000, rows in 1i64..60, width in 8i64..40, vocabulary in 2i64..300, passes in 1usize..3, held in any::<bool>(),
+    ) {
+        let shapes: [&[i64]; 5] = [&[vocabulary, width], &[width, width], &[width], &[width, width], &[width]];
+        let weights: Vec<Tensor> = (0..).zip(shapes).map(|(at, shape)| values(seed + at, shape, 0.5)).collect();
+        let ids = some_ids(seed + 9, rows, vocabulary);
+        let targets = some_targets(seed, rows, vocabulary);
+        prop_assume!(targets.ge(0).any().int64_value(&[]) == 1);
+        let run = |kind, model: &dyn Fn(&[Tensor]) -> Tensor| {
+            let weights: Vec<Tensor> = weights.iter().map(|weight| leaf(weight, kind)).collect();
+            let fired: Vec<_> = weights.iter().map(|_| Arc::new(AtomicUsize::new(0))).collect();
+            let count = |fired: &Arc<AtomicUsize>| {
+                let fired = fired.clone();
+                move || _ = fired.fetch_add(1, Ordering::Relaxed)
+            };
+            let hook = |(weight, fired)| Hook::after_accumulate(weight, count(fired)).unwrap();
+            let _hooks: Vec<_> = weights.iter().zip(&fired).map(hook).collect();
+            if held {
+                weights.iter().for_each(|weight| hvd_torch::set_grad(weight, Some(&weight.ones_like())).unwrap());
+            }
+            for _ in 0..passes {
+                (model(&weights) * 0.3).backward();
+            }
+            assert!(fired.iter().all(|fired| fired.load(Ordering::Relaxed) == passes), "{fired:?}");
+            weights.iter().map(Tensor::grad).collect::<Vec<_>>()
+        };
+        let found = run(Kind::Float, &|w| {
+            let x = embedding(&w[0], &ids).unwrap();
+            let y = linear(&x, &w[1], Some(&w[2])).unwrap().tanh();
+            let y = add_linear(&x, &y, dense(&w[3..])).unwrap();
+            linear_cross_entropy(&y, &w[0], &targets, options(0.1)).unwrap().unwrap().loss
+        });
+        let expected = run(Kind::Double, &|w| {
+            let x = Tensor::embedding(&w[0], &ids, -1, false, false);
+            let y = x.linear(&w[1], Some(&w[2])).tanh();
+            plain_loss(&(&x + y.linear(&w[3], Some(&w[4]))), &w[0], &targets, 0.1)
+        });
+        for (at, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert!(distance(found, expected) < 2e-5, "weight {at}");
+        }
     }
 
     #[test]
@@ -133,9 +243,19 @@ fn what_is_not_served_is_left_to_torch() {
     let qkv = values(1, &[2, 9, 24], 1.0);
     let found = causal_attention(&qkv, 2).unwrap();
     assert!(distance(&found, &plain_attention(&qkv, 2)) < 1e-12);
-    assert_eq!(gelu(&qkv).unwrap(), qkv.gelu("tanh"));
-    let turned = qkv.to_kind(Kind::Float).transpose(0, 1);
-    assert!(distance(&gelu(&turned).unwrap(), &qkv.transpose(0, 1).gelu("tanh")) < 1e-6);
+    let vector = values(2, &[24], 1.0);
+    let activated = (&qkv + &vector).gelu("tanh");
+    assert_eq!(gelu(qkv.copy(), Some(&vector)).unwrap(), activated);
+    let turned = |kind: Kind| qkv.to_kind(kind).transpose(0, 1);
+    let single = vector.to_kind(Kind::Float);
+    assert!(distance(&gelu(turned(Kind::Float), Some(&single)).unwrap(), &activated.transpose(0, 1)) < 1e-6);
+    assert_eq!(gelu(qkv.copy(), None).unwrap(), qkv.gelu("tanh"));
+    let parameters = [vector.shallow_clone(), vector.shallow_clone()];
+    let square = values(3, &[24, 24], 1.0);
+    let layer = Dense { weight: &square, bias: &vector };
+    let (sum, normal) = add_linear_norm(&qkv, &qkv, layer, norm(&parameters, 1e-5)).unwrap();
+    assert!(distance(&sum, &(&qkv + qkv.linear(&square, Some(&vector)))) < 1e-12);
+    assert!(distance(&normal, &plain_norm(&sum, &vector, &vector, 1e-5)) < 1e-12);
     let targets = some_targets(1, 4, 5);
     let (hidden, weight) = (values(1, &[4, 3], 1.0), values(1, &[5, 3], 1.0));
     assert!(linear_cross_entropy(&hidden, &weight, &targets, options(0.0)).unwrap().is_none());
@@ -150,6 +270,14 @@ fn what_does_not_fit_is_an_error() {
     assert!(causal_attention(&floats(&[2, 5, 12]), 3).unwrap_err().to_string().contains("D a multiple of 3"));
     assert!(causal_attention(&floats(&[2, 5, 13]), 2).is_err());
     assert!(causal_attention(&floats(&[5, 12]), 2).is_err());
+    assert!(gelu(floats(&[5, 12]), Some(&floats(&[5]))).is_err());
+    let add = |residual: &[i64], weight: &[i64], bias: &[i64]| {
+        add_linear(&floats(residual), &floats(&[5, 3]), dense(&[floats(weight), floats(bias)])).map(drop)
+    };
+    assert!(add(&[5, 12], &[12, 3], &[12]).is_ok());
+    assert!(add(&[5, 12], &[12, 4], &[12]).is_err() && add(&[4, 12], &[12, 3], &[12]).is_err());
+    assert!(add(&[5, 1], &[12, 3], &[12]).is_err() && add(&[5, 12], &[12, 3], &[5, 12]).is_err());
+    assert!(layer_norm(&floats(&[5, 12]), norm(&[floats(&[12]), floats(&[5])], 1e-5)).is_err());
     let head = |targets: &[i64]| {
         linear_cross_entropy(&floats(&[2, 3]), &floats(&[5, 3]), &Tensor::from_slice(targets), options(0.0))
     };
@@ -164,7 +292,11 @@ fn what_is_no_number_stays_none() {
         let mut row = vec![0.5f32; 48];
         row[7] = bad;
         let x = Tensor::from_slice(&row);
-        assert!(gelu(&x).unwrap().isfinite().logical_not().any().int64_value(&[]) == 1);
+        let zeros = x.zeros_like();
+        let activated = gelu(x.copy(), Some(&zeros)).unwrap();
+        assert!(activated.isfinite().logical_not().any().int64_value(&[]) == 1);
+        let normal = layer_norm(&x, norm(&[x.ones_like(), zeros], 1e-5)).unwrap();
+        assert!(normal.isnan().any().int64_value(&[]) == 1);
         let attended = causal_attention(&x.view([1, 4, 12]), 2).unwrap();
         assert!(attended.isnan().any().int64_value(&[]) == 1);
         let weight = Tensor::ones([4, 12], (Kind::Float, Device::Cpu));
@@ -177,7 +309,7 @@ fn what_is_no_number_stays_none() {
 #[test]
 fn a_graph_serves_one_backward_pass_unless_it_is_retained() {
     let x = Tensor::ones([8], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-    let y = gelu(&x).unwrap().sum(Kind::Float);
+    let y = gelu(&x * 1.0, Some(&x)).unwrap().sum(Kind::Float);
     hvd_torch::autograd::backward(&[(&y, None)], true).unwrap();
     let once = x.grad().copy();
     hvd_torch::autograd::backward(&[(&y, None)], false).unwrap();

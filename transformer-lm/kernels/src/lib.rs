@@ -1,5 +1,5 @@
-//! The loops of a language model that libtorch's libraries are not the quickest for, in f32: GELU, causal softmax, cross-entropy, and
-//! products with few vectors.
+//! The loops of a language model that libtorch's libraries are not the quickest for, in f32: GELU, causal softmax, normalisation,
+//! cross-entropy, and products with few vectors.
 //!
 //! They do the same operations in the same order on every processor, whatever the width of its vectors. A package of its own so
 //! that a debug build can optimise them.
@@ -9,12 +9,14 @@ mod activation;
 mod attention;
 mod exp;
 mod loss;
+mod norm;
 mod product;
 mod row;
 
-pub use activation::{gelu, gelu_backward};
+pub use activation::{bias_gelu, gelu, gelu_backward};
 pub use attention::{causal_softmax, causal_softmax_backward, causal_weights};
 pub use loss::{Loss, Target, cross_entropy};
+pub use norm::{ColumnSums, Moments, Norm, Normalised, add_columns, add_scaled, normalise, normalise_backward};
 pub use product::{Weight, multiply};
 pub use row::{add, layer_norm, weighted_sum};
 

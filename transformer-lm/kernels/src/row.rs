@@ -1,6 +1,6 @@
 //! What the steps of a generation do with single rows, beside products.
 
-use super::fold;
+use super::norm::{Moments, Norm, normalise};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
 /// `to += values`.
@@ -14,8 +14,7 @@ pub fn add(to: &mut [f32], values: &[f32]) {
 
 /// `out = (x − mean) / √(variance + eps) · weight + bias`.
 pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
-    assert!([weight.len(), bias.len(), out.len()] == [x.len(); 3]);
-    dispatch(LayerNorm { x, weight, bias, eps, out });
+    normalise(x, Norm { weight, bias, eps }, out, &mut [Moments::default()]);
 }
 
 /// `out = Σᵢ weights[i] · rows[i]`, where a row is as long as `out`.
@@ -34,28 +33,6 @@ impl Kernel for Add<'_> {
     fn run<I: Isa>(self) {
         for (to, value) in self.to.iter_mut().zip(self.values) {
             *to += value;
-        }
-    }
-}
-
-struct LayerNorm<'a> {
-    x: &'a [f32],
-    weight: &'a [f32],
-    bias: &'a [f32],
-    eps: f32,
-    out: &'a mut [f32],
-}
-
-impl Kernel for LayerNorm<'_> {
-    #[inline(always)]
-    fn run<I: Isa>(self) {
-        let count = self.x.len() as f32;
-        let mean = fold(self.x, 0.0, |value| value, |a, b| a + b) / count;
-        let variance = fold(self.x, 0.0, |value| (value - mean) * (value - mean), |a, b| a + b) / count;
-        let scale = 1.0 / (variance + self.eps).sqrt();
-        let affine = self.weight.iter().zip(self.bias);
-        for ((out, x), (weight, bias)) in self.out.iter_mut().zip(self.x).zip(affine) {
-            *out = (x - mean) * scale * weight + bias;
         }
     }
 }
@@ -110,9 +87,7 @@ mod tests {
     fn every_instruction_set_gives_the_same_bits() {
         let (rows, x) = (numbers(5 * 203), numbers(203));
         check_levels(|level| {
-            let (mut out, mut sum) = (vec![0.0; 203], vec![0.0; 203]);
-            let (weight, bias) = (&rows[..203], &rows[203..406]);
-            dispatch_at(level, LayerNorm { x: &x, weight, bias, eps: 1e-5, out: &mut out });
+            let (mut out, mut sum) = (x.clone(), vec![0.0; 203]);
             dispatch_at(level, WeightedSum { rows: &rows, weights: &x[..5], out: &mut sum });
             dispatch_at(level, Add { to: &mut out, values: &sum });
             [out, sum].concat()

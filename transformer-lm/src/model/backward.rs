@@ -4,7 +4,7 @@ use hvd_torch::{Autocast, autograd, reseed};
 use tch::{Kind, Tensor};
 
 use super::TransformerLM;
-use super::block::Attend;
+use super::block::{Attend, Stream};
 use super::loss::{LossSums, shifted};
 use crate::Result;
 
@@ -60,7 +60,8 @@ impl TransformerLM {
         };
         let block = |layer: usize, x: &Tensor| {
             dropout.set(layer as u64 + 1);
-            self.cast(how, || self.blocks[layer].forward(x.shallow_clone(), &Attend::Causal, None, true))
+            let stream = Stream::new(x.shallow_clone());
+            self.cast(how, || self.blocks[layer].forward(stream, &Attend::Causal, None, true)?.sum())
         };
 
         let mut inputs = vec![tch::no_grad(embed)?]; // of each block, and of the head: (B, T, D)
@@ -72,7 +73,9 @@ impl TransformerLM {
         // hook counts them: what the head adds is collected apart.
         let x = leaf(&inputs[self.blocks.len()]);
         let wte = leaf(&self.wte);
-        let head = || self.head_sums(&self.ln_f.forward(&x), &wte, &targets, true, how.accuracy);
+        let head = || {
+            self.head_sums(&self.ln_f.forward(Stream::new(x.shallow_clone()))?.1, &wte, &targets, true, how.accuracy)
+        };
         let sums = self.cast(how, head)?;
         forward_done();
         (&sums.loss * how.factor).f_backward()?;
@@ -84,7 +87,11 @@ impl TransformerLM {
             autograd::backward(&[(&block(layer, &x)?, Some(&gradient))], false)?;
             gradient = x.f_grad()?;
         }
-        autograd::backward(&[(&embed()?, Some(&gradient)), (&self.wte, Some(&wte.f_grad()?))], false)?;
+        autograd::accumulate(&self.wte, |mut sum| {
+            let _ = sum.f_add_(&wte.f_grad()?)?;
+            Ok(())
+        })?;
+        autograd::backward(&[(&embed()?, Some(&gradient))], false)?;
         Ok(sums)
     }
 

@@ -6,7 +6,7 @@
 use tch::{Tensor, nn};
 
 use super::cache::LayerCache;
-use super::fused;
+use super::fused::{self, Dense, LayerNormOptions};
 use super::init::Init;
 use super::{ModelConfig, STD};
 use crate::Result;
@@ -26,8 +26,54 @@ impl Linear {
         }
     }
 
-    fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, Some(&self.bias))
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        fused::linear(x, &self.weight, Some(&self.bias))
+    }
+
+    /// GELU of the layer's result.
+    fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
+        match fused::is_quick(x) {
+            true => fused::gelu(fused::linear(x, &self.weight, None)?, Some(&self.bias)),
+            false => fused::gelu(self.forward(x)?, None),
+        }
+    }
+
+    /// What the layer adds to the residual stream.
+    fn branch(&self, x: Tensor, probability: f64, train: bool) -> Result<Branch<'_>> {
+        match train && probability > 0.0 {
+            true => Ok(Branch::Values(dropout(self.forward(&x)?, probability, train))),
+            false => Ok(Branch::Product(x, Dense { weight: &self.weight, bias: &self.bias })),
+        }
+    }
+}
+
+/// What a part of a block adds to the residual stream, (B, T, D).
+#[derive(Debug)]
+enum Branch<'a> {
+    Values(Tensor),
+    /// What a layer makes of this; it is computed as it is added.
+    Product(Tensor, Dense<'a>),
+}
+
+/// The residual stream, (B, T, D). What a part adds to it is taken up when it is normalised for the next.
+#[derive(Debug)]
+pub(super) struct Stream<'a> {
+    residual: Tensor,
+    branch: Option<Branch<'a>>,
+}
+
+impl Stream<'_> {
+    pub(super) fn new(residual: Tensor) -> Self {
+        Self { residual, branch: None }
+    }
+
+    /// The stream as a tensor.
+    pub(super) fn sum(self) -> Result<Tensor> {
+        match self.branch {
+            None => Ok(self.residual),
+            Some(Branch::Values(values)) => Ok(self.residual.f_add(&values)?),
+            Some(Branch::Product(x, layer)) => fused::add_linear(&self.residual, &x, layer),
+        }
     }
 }
 
@@ -39,20 +85,22 @@ pub const LAYER_NORM_EPS: f64 = 1e-5;
 pub(super) struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
-    width: i64,
 }
 
 impl LayerNorm {
     pub(super) fn new(init: &mut Init, path: &nn::Path, width: usize) -> Self {
-        Self {
-            weight: init.constant(path, "weight", &[width], 1.0),
-            bias: init.constant(path, "bias", &[width], 0.0),
-            width: width as i64,
-        }
+        Self { weight: init.constant(path, "weight", &[width], 1.0), bias: init.constant(path, "bias", &[width], 0.0) }
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> Tensor {
-        x.layer_norm([self.width], Some(&self.weight), Some(&self.bias), LAYER_NORM_EPS, true)
+    /// The stream as a tensor, and normalised.
+    pub(super) fn forward(&self, stream: Stream) -> Result<(Tensor, Tensor)> {
+        let norm = LayerNormOptions { weight: &self.weight, bias: &self.bias, eps: LAYER_NORM_EPS };
+        if let Some(Branch::Product(x, layer)) = &stream.branch {
+            return fused::add_linear_norm(&stream.residual, x, *layer, norm);
+        }
+        let x = stream.sum()?;
+        let normal = fused::layer_norm(&x, norm)?;
+        Ok((x, normal))
     }
 }
 
@@ -86,14 +134,14 @@ impl Attention {
         }
     }
 
-    fn forward(&self, x: &Tensor, attend: &Attend, cache: Option<&mut LayerCache>, train: bool) -> Result<Tensor> {
-        let qkv = self.c_attn.forward(x); // (B, T, 3D)
+    fn forward(&self, x: &Tensor, attend: &Attend, cache: Option<&mut LayerCache>, train: bool) -> Result<Branch<'_>> {
+        let qkv = self.c_attn.forward(x)?; // (B, T, 3D)
         let drops = train && self.dropout > 0.0;
         let y = match (attend, &cache) {
             (Attend::Causal, None) if !drops => fused::causal_attention(&qkv, self.heads as usize)?,
             _ => self.gather(&qkv, attend, cache, train),
         };
-        Ok(dropout(self.c_proj.forward(&y), self.dropout, train)) // (B, T, D)
+        self.c_proj.branch(y, self.dropout, train) // (B, T, D)
     }
 
     /// What each position gathers from those that it sees: (B, T, 3D) to (B, T, D).
@@ -140,9 +188,9 @@ impl Mlp {
         }
     }
 
-    fn forward(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        let hidden = fused::gelu(&self.c_fc.forward(x))?; // (B, T, F)
-        Ok(dropout(self.c_proj.forward(&hidden), self.dropout, train)) // (B, T, D)
+    fn forward(&self, x: &Tensor, train: bool) -> Result<Branch<'_>> {
+        let hidden = self.c_fc.forward_gelu(x)?; // (B, T, F)
+        self.c_proj.branch(hidden, self.dropout, train) // (B, T, D)
     }
 }
 
@@ -165,16 +213,18 @@ impl Block {
         }
     }
 
-    /// (B, T, D) to (B, T, D).
+    /// The stream after the block.
     pub(super) fn forward(
         &self,
-        x: Tensor,
+        stream: Stream,
         attend: &Attend,
         cache: Option<&mut LayerCache>,
         train: bool,
-    ) -> Result<Tensor> {
-        let x = &x + self.attn.forward(&self.ln_1.forward(&x), attend, cache, train)?;
-        Ok(&x + self.mlp.forward(&self.ln_2.forward(&x), train)?)
+    ) -> Result<Stream<'_>> {
+        let (residual, normal) = self.ln_1.forward(stream)?;
+        let stream = Stream { residual, branch: Some(self.attn.forward(&normal, attend, cache, train)?) };
+        let (residual, normal) = self.ln_2.forward(stream)?;
+        Ok(Stream { residual, branch: Some(self.mlp.forward(&normal, train)?) })
     }
 }
 

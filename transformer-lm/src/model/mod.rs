@@ -35,7 +35,7 @@ use tch::{Device, Kind, Tensor, nn};
 
 use crate::{Error, Result};
 
-use block::{Attend, Block, LayerNorm, dropout};
+use block::{Attend, Block, LayerNorm, Stream, dropout};
 use init::Init;
 use step::StepWeights;
 
@@ -169,8 +169,10 @@ impl TransformerLM {
             None => Attend::Causal,
             Some(mask) => Attend::Masked(combined_mask(input_ids, mask)?),
         };
-        let x = self.blocks.iter().try_fold(x, |x, block| block.forward(x, &attend, None, train))?;
-        Ok(self.ln_f.forward(&x))
+        let stream = Stream::new(x);
+        let stream =
+            self.blocks.iter().try_fold(stream, |stream, block| block.forward(stream, &attend, None, train))?;
+        Ok(self.ln_f.forward(stream)?.1)
     }
 
     /// As [`TransformerLM::hidden`], for tokens that follow those in `cache`, which then holds these too. Without
@@ -202,16 +204,17 @@ impl TransformerLM {
             let room = cache.room();
             return Err(Error::Config(format!("{past} + {added} tokens do not fit into a cache of {room}")));
         }
-        let mut x = self.embed(input_ids, past, false)?; // (B, T, D)
+        let x = self.embed(input_ids, past, false)?; // (B, T, D)
         let attend = match (past, added) {
             (0, _) => Attend::Causal,
             (_, 1) => Attend::All,
             _ => Attend::Masked(causal_mask(added, past + added, x.device())),
         };
+        let mut stream = Stream::new(x);
         for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
-            x = block.forward(x, &attend, Some(layer), false)?;
+            stream = block.forward(stream, &attend, Some(layer), false)?;
         }
-        Ok(self.ln_f.forward(&x))
+        Ok(self.ln_f.forward(stream)?.1)
     }
 
     /// (B, T, D) to (B, T, vocabulary), by the embedding's weights.
@@ -227,8 +230,7 @@ impl TransformerLM {
             let text = format!("a sequence of {} tokens; this model sees at most {longest} (max_seq_len)", start + t);
             return Err(Error::Config(text));
         }
-        let tokens =
-            Tensor::f_embedding(&self.wte, input_ids, -1, false, false).map_err(|_| self.bad_ids(input_ids))?;
+        let tokens = fused::embedding(&self.wte, input_ids).map_err(|_| self.bad_ids(input_ids))?;
         let positions = self.wpe.narrow(0, start, t); // (T, D)
         Ok(dropout(tokens + positions, self.config.dropout, train))
     }

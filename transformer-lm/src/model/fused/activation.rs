@@ -4,41 +4,52 @@ use hvd_torch::autograd::differentiate;
 use hvd_torch::parallel_for;
 use tch::Tensor;
 
-use super::is_served;
-use super::span::Span;
-use crate::Result;
+use super::span::{Span, sum_over_rows};
+use super::{is_served, is_vector};
+use crate::{Error, Result};
 
 /// Elements that are worth a thread.
 const GRAIN: usize = 1 << 13;
 
-/// GELU in its tanh form, of every element.
+/// GELU in its tanh form, of every element of `x + bias`, where the bias has an element for each of the last dimension. The elements of
+/// `x` may be overwritten: nobody else may need them.
 ///
 /// # Errors
-/// If torch fails.
-pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    if !is_served(x) {
+/// A bias of another length; if torch fails.
+pub fn gelu(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let Some(bias) = bias.filter(|bias| is_served(&x) && is_served(bias)) else {
+        let x = bias.map_or(Ok(x.shallow_clone()), |bias| x.f_add(bias))?;
         return Ok(x.f_gelu("tanh")?);
+    };
+    if !is_vector(bias, &x) {
+        return Err(Error::Config(format!("GELU of {x:?} with a bias of {bias:?}")));
     }
-    let x_values = x.detach();
-    let out = x_values.f_empty_like()?;
-    let (from, to) = (Span::of(&x_values), Span::of(&out));
-    parallel_for(x.numel(), GRAIN, &|range| {
-        // SAFETY: `x` is read by all, and each range of `out` is written by one thread; so below.
-        unsafe { lm_kernels::gelu(from.read(range.clone()), to.write(range)) };
+    let columns = bias.numel();
+    let slopes = x.detach(); // what backward keeps; until then the elements of `x`
+    let out = slopes.f_empty_like()?;
+    let (from, bias_values, to) = (Span::of(&slopes), Span::of(&bias.detach()), Span::of(&out));
+    parallel_for(x.numel() / columns, GRAIN.div_ceil(columns), &|rows| {
+        let range = rows.start * columns..rows.end * columns;
+        // SAFETY: each range of `x` and `out` belongs to one thread.
+        unsafe { lm_kernels::bias_gelu(from.write(range.clone()), bias_values.read(0..columns), to.write(range)) };
     })?;
     let out = [out];
-    differentiate(&[x], &out, move |grads| Ok(vec![backward(&x_values, &grads[0])?]))?;
+    differentiate(&[&x, bias], &out, move |grads| backward(&slopes, &grads[0], columns))?;
     let [out] = out;
     Ok(out)
 }
 
-fn backward(x: &Tensor, grad: &Tensor) -> hvd_torch::Result<Tensor> {
+/// The gradients of `x` and of the bias.
+fn backward(slopes: &Tensor, grad: &Tensor, columns: usize) -> hvd_torch::Result<Vec<Tensor>> {
     let grad = grad.f_contiguous()?;
-    let out = x.f_empty_like()?;
-    let (x, given, to) = (Span::of(x), Span::of(&grad), Span::of(&out));
-    parallel_for(out.numel(), GRAIN, &|range| {
-        // SAFETY: as above.
-        unsafe { lm_kernels::gelu_backward(x.read(range.clone()), given.read(range.clone()), to.write(range)) };
+    let out = slopes.f_empty_like()?;
+    let (slopes, given, to) = (Span::of(slopes), Span::of(&grad), Span::of(&out));
+    let sums = sum_over_rows(out.numel() / columns, columns, &|rows, sums| {
+        let range = rows.start * columns..rows.end * columns;
+        // SAFETY: each range of `out` is written by one thread, the others are only read.
+        unsafe {
+            lm_kernels::gelu_backward(slopes.read(range.clone()), given.read(range.clone()), to.write(range), sums);
+        }
     })?;
-    Ok(out)
+    Ok(vec![out, sums])
 }

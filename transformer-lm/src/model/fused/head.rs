@@ -7,12 +7,16 @@ use lm_kernels::{Loss, Target};
 use tch::{Device, Kind, Tensor};
 
 use super::is_served;
+use super::linear::Weight;
 use super::span::Span;
 use crate::{Error, Result};
 
 /// The most elements of the logits that exist at a time: 128 MiB. With fewer rows the gradient of the weights, which every piece is
 /// added to, would take more time to read and write than to compute.
 const LOGITS: usize = 32 << 20;
+
+/// Elements that are worth a thread.
+const GRAIN: usize = 1 << 14;
 
 /// What the loss is of.
 #[derive(Clone, Copy, Debug)]
@@ -64,13 +68,25 @@ pub fn linear_cross_entropy(
     }
     let loss = head.losses.f_sum(Kind::Double)?.to_kind(Kind::Float);
     if let Some(gradients) = head.gradients {
+        let kept = Weight::of(weight);
         let backward = move |grads: &[Tensor]| {
             let factor = grads[0].double_value(&[]);
-            gradients.iter().map(|gradient| Ok(gradient.f_mul_scalar(factor)?)).collect()
+            let [of_hidden, of_weight] = &gradients;
+            let of_weight = kept.gradient(|sum| add_scaled(&sum, factor as f32, of_weight))?;
+            Ok(vec![of_hidden.f_mul_scalar(factor)?, of_weight])
         };
         differentiate(&[hidden, weight], std::slice::from_ref(&loss), backward)?;
     }
     Ok(Some(HeadLoss { loss, correct: options.count_correct.then_some(head.correct) }))
+}
+
+/// `sum += factor · values`
+fn add_scaled(sum: &Tensor, factor: f32, values: &Tensor) -> hvd_torch::Result<()> {
+    let (into, from) = (Span::of(sum), Span::of(values));
+    parallel_for(sum.numel(), GRAIN, &|range| {
+        // SAFETY: each range is written by one thread.
+        unsafe { lm_kernels::add_scaled(from.read(range.clone()), factor, into.write(range)) };
+    })
 }
 
 fn misfit(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Error {

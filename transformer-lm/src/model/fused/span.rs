@@ -3,9 +3,38 @@
 use std::ffi::c_char;
 use std::ops::Range;
 
-use tch::Tensor;
+use hvd_torch::parallel_for;
+use tch::{Device, Kind, Tensor};
 
 use super::is_served;
+
+/// The most ranges that [`sum_over_rows`] sums apart.
+const PARTS: usize = 32;
+
+/// Sums over rows: runs `body` for ranges that cover `0..rows`, each with `columns` zeros of its own to add to, and adds these up. Ranges
+/// and order follow from the number of rows alone.
+pub(super) fn sum_over_rows(
+    rows: usize,
+    columns: usize,
+    body: &(dyn Fn(Range<usize>, &mut [f32]) + Sync),
+) -> hvd_torch::Result<Tensor> {
+    let floats = (Kind::Float, Device::Cpu);
+    let share = rows.div_ceil(PARTS).max(1);
+    let parts = rows.div_ceil(share);
+    let all = Tensor::f_zeros([parts as i64, columns as i64], floats)?;
+    let span = Span::of(&all);
+    parallel_for(parts, 1, &|range| {
+        for part in range {
+            // SAFETY: each part's sums belong to one thread.
+            let sums = unsafe { span.write(part * columns..(part + 1) * columns) };
+            body(part * share..rows.min((part + 1) * share), sums);
+        }
+    })?;
+    let total = Tensor::f_zeros([columns as i64], floats)?;
+    // SAFETY: nobody else knows them.
+    unsafe { lm_kernels::add_columns(span.read(0..parts * columns), Span::of(&total).write(0..columns)) };
+    Ok(total)
+}
 
 /// The elements of a contiguous f32 tensor, which lives as long as this does.
 pub(in crate::model) struct Span {

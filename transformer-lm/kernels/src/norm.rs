@@ -1,0 +1,227 @@
+//! Layer normalisation (Ba et al., 2016), sums over rows, and sums of matrices.
+//!
+//! Matrices lie row by row; vectors have an element for each column.
+
+use super::{LANES, fold};
+use hvd_kernels::simd::{Isa, Kernel, dispatch};
+
+/// A normalisation's parameters.
+#[derive(Clone, Copy)]
+pub struct Norm<'a> {
+    /// Multiplies what was normalised.
+    pub weight: &'a [f32],
+    /// Is added then.
+    pub bias: &'a [f32],
+    /// Is added to the variance.
+    pub eps: f32,
+}
+
+/// Mean and reciprocal standard deviation of each row, one after the other.
+pub type Moments = [f32; 2];
+
+/// `out = normalised(rows) · weight + bias`.
+///
+/// # Panics
+/// If the shapes do not fit; so below.
+pub fn normalise(rows: &[f32], norm: Norm, out: &mut [f32], moments: &mut [Moments]) {
+    let columns = norm.weight.len();
+    check(columns, [rows.len(), out.len(), moments.len() * columns]);
+    assert_eq!(norm.bias.len(), columns);
+    dispatch(Normalise { rows, norm, out, moments });
+}
+
+/// What [`normalise_backward`] reads.
+#[derive(Clone, Copy)]
+pub struct Normalised<'a> {
+    /// What was normalised.
+    pub rows: &'a [f32],
+    /// What [`normalise`] gave beside its result.
+    pub moments: &'a [Moments],
+    /// The normalisation's weight.
+    pub weight: &'a [f32],
+    /// The result's gradient.
+    pub grad: &'a [f32],
+}
+
+/// Sums over rows, which gradients are added to.
+pub struct ColumnSums<'a> {
+    /// The weight's.
+    pub weight: &'a mut [f32],
+    /// The bias's.
+    pub bias: &'a mut [f32],
+    /// Those of the gradient of the rows, `out`: of the branch's bias.
+    pub rows: &'a mut [f32],
+}
+
+/// `out` becomes the gradient of the rows: that of the normalised, and `direct`, what reaches them past the normalisation.
+pub fn normalise_backward(given: Normalised, direct: Option<&[f32]>, out: &mut [f32], sums: ColumnSums) {
+    let columns = given.weight.len();
+    check(columns, [given.rows.len(), given.grad.len(), out.len()]);
+    check(columns, [given.moments.len() * columns, direct.map_or(out.len(), <[f32]>::len), out.len()]);
+    assert!([sums.weight.len(), sums.bias.len(), sums.rows.len()] == [columns; 3]);
+    dispatch(Backward { given, direct, out, sums });
+}
+
+/// Adds each column's sum to `sums`.
+pub fn add_columns(rows: &[f32], sums: &mut [f32]) {
+    check(sums.len(), [rows.len(); 3]);
+    dispatch(Columns { rows, sums });
+}
+
+/// `sum += factor · values`.
+pub fn add_scaled(values: &[f32], factor: f32, sum: &mut [f32]) {
+    assert_eq!(values.len(), sum.len());
+    dispatch(AddScaled { values, factor, sum });
+}
+
+fn check(columns: usize, lengths: [usize; 3]) {
+    assert!(columns > 0 && lengths[0].is_multiple_of(columns) && lengths.iter().all(|length| *length == lengths[0]));
+}
+
+struct Normalise<'a> {
+    rows: &'a [f32],
+    norm: Norm<'a>,
+    out: &'a mut [f32],
+    moments: &'a mut [Moments],
+}
+
+impl Kernel for Normalise<'_> {
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Norm { weight, bias, eps } = self.norm;
+        let columns = weight.len();
+        let bias = &bias[..columns];
+        let share = 1.0 / columns as f32;
+        let rows = self.rows.chunks_exact(columns).zip(self.out.chunks_exact_mut(columns));
+        for ((row, out), moments) in rows.zip(self.moments) {
+            let mean = fold(row, 0.0, |value| value, |a, b| a + b) * share;
+            let variance = fold(row, 0.0, |value| (value - mean) * (value - mean), |a, b| a + b) * share;
+            let scale = 1.0 / (variance + eps).sqrt();
+            *moments = [mean, scale];
+            for i in 0..columns {
+                out[i] = (row[i] - mean) * scale * weight[i] + bias[i];
+            }
+        }
+    }
+}
+
+struct Backward<'a> {
+    given: Normalised<'a>,
+    direct: Option<&'a [f32]>,
+    out: &'a mut [f32],
+    sums: ColumnSums<'a>,
+}
+
+impl Kernel for Backward<'_> {
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Normalised { rows, moments, weight, grad } = self.given;
+        let columns = weight.len();
+        let [of_weight, of_bias, of_rows] =
+            [self.sums.weight, self.sums.bias, self.sums.rows].map(|sums| &mut sums[..columns]);
+        let share = 1.0 / columns as f32;
+        for (at, out) in self.out.chunks_exact_mut(columns).enumerate() {
+            let place = at * columns..(at + 1) * columns;
+            let (row, grad, [mean, scale]) = (&rows[place.clone()], &grad[place.clone()], moments[at]);
+            let (sum, product) = projections(row, grad, weight, mean, scale);
+            let (sum, product) = (sum * share, product * share);
+            for i in 0..columns {
+                let normal = (row[i] - mean) * scale;
+                out[i] = (grad[i] * weight[i] - sum - normal * product) * scale;
+                of_weight[i] += grad[i] * normal;
+                of_bias[i] += grad[i];
+            }
+            if let Some(direct) = self.direct {
+                let direct = &direct[place];
+                for i in 0..columns {
+                    out[i] += direct[i];
+                }
+            }
+            for i in 0..columns {
+                of_rows[i] += out[i];
+            }
+        }
+    }
+}
+
+/// The sums of a row's weighted gradients, and of these times what was normalised.
+#[inline(always)]
+fn projections(row: &[f32], grad: &[f32], weight: &[f32], mean: f32, scale: f32) -> (f32, f32) {
+    let (mut sums, mut products) = ([0.0; LANES], [0.0; LANES]);
+    let whole = row.len() - row.len() % LANES;
+    for start in (0..whole).step_by(LANES) {
+        let (row, grad, weight) = (&row[start..][..LANES], &grad[start..][..LANES], &weight[start..][..LANES]);
+        for lane in 0..LANES {
+            let weighted = grad[lane] * weight[lane];
+            sums[lane] += weighted;
+            products[lane] += weighted * ((row[lane] - mean) * scale);
+        }
+    }
+    for i in whole..row.len() {
+        let weighted = grad[i] * weight[i];
+        sums[i - whole] += weighted;
+        products[i - whole] += weighted * ((row[i] - mean) * scale);
+    }
+    (sums.into_iter().sum(), products.into_iter().sum())
+}
+
+struct Columns<'a> {
+    rows: &'a [f32],
+    sums: &'a mut [f32],
+}
+
+impl Kernel for Columns<'_> {
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        for row in self.rows.chunks_exact(self.sums.len()) {
+            for (sum, value) in self.sums.iter_mut().zip(row) {
+                *sum += value;
+            }
+        }
+    }
+}
+
+struct AddScaled<'a> {
+    values: &'a [f32],
+    factor: f32,
+    sum: &'a mut [f32],
+}
+
+impl Kernel for AddScaled<'_> {
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        for (sum, value) in self.sum.iter_mut().zip(self.values) {
+            *sum += self.factor * value;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{check_levels, numbers};
+    use super::*;
+    use hvd_kernels::simd::dispatch_at;
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        const COLUMNS: usize = 53;
+        let all = numbers(11 * COLUMNS);
+        let (rows, rest) = all.split_at(3 * COLUMNS);
+        let (direct, rest) = rest.split_at(3 * COLUMNS);
+        let (incoming, vectors) = rest.split_at(3 * COLUMNS);
+        let (weight, bias) = vectors.split_at(COLUMNS);
+        check_levels(|level| {
+            let (mut out, mut grad) = (vec![0.0; 3 * COLUMNS], vec![0.0; 3 * COLUMNS]);
+            let mut moments = vec![Moments::default(); 3];
+            let norm = Norm { weight, bias, eps: 1e-5 };
+            dispatch_at(level, Normalise { rows, norm, out: &mut out, moments: &mut moments });
+            let [mut of_weight, mut of_bias, mut of_rows, mut columns] = [(); 4].map(|()| vec![0.5; COLUMNS]);
+            let sums = ColumnSums { weight: &mut of_weight, bias: &mut of_bias, rows: &mut of_rows };
+            let given = Normalised { rows, moments: &moments, weight, grad: incoming };
+            dispatch_at(level, Backward { given, direct: Some(direct), out: &mut grad, sums });
+            dispatch_at(level, Columns { rows: &out, sums: &mut columns });
+            dispatch_at(level, AddScaled { values: rows, factor: 0.3, sum: &mut out });
+            [out, moments.concat(), grad, of_weight, of_bias, of_rows, columns].concat()
+        });
+    }
+}
