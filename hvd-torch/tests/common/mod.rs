@@ -5,7 +5,7 @@
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use hvd_torch::World;
+use hvd_torch::{AdamW, ParamGroup, World};
 use tch::{Device, Kind, Tensor};
 
 /// Runs `rank` on each of `size` ranks that are threads; they leave together.
@@ -91,4 +91,12 @@ pub fn watched(test: impl FnOnce() + Send + 'static) {
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// Worlds to try.
+pub const SIZES: [usize; 3] = [1, 2, 3];
+
+/// An AdamW with settings that show in a few steps.
+pub fn adamw(params: Vec<(String, Tensor)>) -> AdamW {
+    AdamW::new(vec![ParamGroup { params, lr: 1e-2, weight_decay: 0.1 }], (0.9, 0.95), 1e-8).unwrap()
 }

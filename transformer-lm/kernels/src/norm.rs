@@ -181,10 +181,10 @@ impl Kernel for Columns<'_> {
     }
 }
 
-struct AddScaled<'a> {
-    values: &'a [f32],
-    factor: f32,
-    sum: &'a mut [f32],
+pub(super) struct AddScaled<'a> {
+    pub values: &'a [f32],
+    pub factor: f32,
+    pub sum: &'a mut [f32],
 }
 
 impl Kernel for AddScaled<'_> {

@@ -1,6 +1,6 @@
 //! What the steps of a generation do with single rows, beside products.
 
-use super::norm::{Moments, Norm, normalise};
+use super::norm::{AddScaled, Moments, Norm, add_columns, normalise};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
 /// `to += values`.
@@ -9,7 +9,7 @@ use hvd_kernels::simd::{Isa, Kernel, dispatch};
 /// If the lengths differ; so below.
 pub fn add(to: &mut [f32], values: &[f32]) {
     assert_eq!(to.len(), values.len());
-    dispatch(Add { to, values });
+    add_columns(values, to);
 }
 
 /// `out = (x − mean) / √(variance + eps) · weight + bias`.
@@ -23,20 +23,6 @@ pub fn weighted_sum(rows: &[f32], weights: &[f32], out: &mut [f32]) {
     dispatch(WeightedSum { rows, weights, out });
 }
 
-struct Add<'a> {
-    to: &'a mut [f32],
-    values: &'a [f32],
-}
-
-impl Kernel for Add<'_> {
-    #[inline(always)]
-    fn run<I: Isa>(self) {
-        for (to, value) in self.to.iter_mut().zip(self.values) {
-            *to += value;
-        }
-    }
-}
-
 struct WeightedSum<'a> {
     rows: &'a [f32],
     weights: &'a [f32],
@@ -48,9 +34,7 @@ impl Kernel for WeightedSum<'_> {
     fn run<I: Isa>(self) {
         self.out.fill(0.0);
         for (row, weight) in self.rows.chunks_exact(self.out.len()).zip(self.weights) {
-            for (out, value) in self.out.iter_mut().zip(row) {
-                *out += weight * value;
-            }
+            AddScaled { values: row, factor: *weight, sum: self.out }.run::<I>();
         }
     }
 }
@@ -87,10 +71,9 @@ mod tests {
     fn every_instruction_set_gives_the_same_bits() {
         let (rows, x) = (numbers(5 * 203), numbers(203));
         check_levels(|level| {
-            let (mut out, mut sum) = (x.clone(), vec![0.0; 203]);
+            let mut sum = vec![0.0; 203];
             dispatch_at(level, WeightedSum { rows: &rows, weights: &x[..5], out: &mut sum });
-            dispatch_at(level, Add { to: &mut out, values: &sum });
-            [out, sum].concat()
+            sum
         });
     }
 }
