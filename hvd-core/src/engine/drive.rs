@@ -5,10 +5,12 @@
 //! others drive, it stays out of their way.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::founding::Members;
 use super::submission::{Completion, Outcome, Promise, Submission};
@@ -65,7 +67,7 @@ struct Turn<'a>(&'a Drivers);
 
 impl Drivers {
     fn enter(&self) -> Turn<'_> {
-        *self.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        *self.count.lock() += 1;
         self.any.store(true, Ordering::SeqCst);
         Turn(self)
     }
@@ -75,14 +77,13 @@ impl Drivers {
     }
 
     fn wait_for_none(&self) {
-        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.none.wait_while(count, |count| *count > 0));
+        self.none.wait_while(&mut self.count.lock(), |count| *count > 0);
     }
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        let mut count = self.0.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut count = self.0.count.lock();
         *count -= 1;
         if *count == 0 {
             self.0.any.store(false, Ordering::SeqCst);
@@ -214,7 +215,7 @@ impl Engine {
     }
 
     fn demand(&self, demand: Demand, flush: bool) -> Result<()> {
-        let mut inbox = self.shared.lock_inbox();
+        let mut inbox = self.shared.inbox.lock();
         if let Some(error) = &inbox.ended {
             return Err(error.clone());
         }
@@ -228,31 +229,30 @@ impl Engine {
 
     /// Waits until all ranks want to shut down and all have said goodbye.
     pub(crate) fn shutdown(&self) -> Result<()> {
-        self.shared.lock_inbox().close = true;
+        self.shared.inbox.lock().close = true;
         self.shared.waiter.wake();
         self.join();
-        self.shared.lock_core().failure().map_or(Ok(()), Err)
+        self.shared.core.lock().failure().map_or(Ok(()), Err)
     }
 
     /// Fails the world and tells the peers why.
     pub(crate) fn abort(&self, error: Error) {
         // Whoever drives sees this within one step, also where the lock is not to be had for long.
-        self.shared.lock_inbox().abort = Some(error.clone());
+        self.shared.inbox.lock().abort = Some(error.clone());
         self.shared.waiter.wake();
         // A thread that panics inside the engine holds the lock and will not give it back.
         let deadline = Instant::now() + Duration::from_secs(2);
         loop {
             match self.shared.core.try_lock() {
-                Ok(mut core) => return self.shared.fail(&mut core, error),
-                Err(TryLockError::Poisoned(core)) => return self.shared.fail(&mut core.into_inner(), error),
-                Err(TryLockError::WouldBlock) if Instant::now() > deadline => return,
-                Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+                Some(mut core) => return self.shared.fail(&mut core, error),
+                None if Instant::now() > deadline => return,
+                None => std::thread::yield_now(),
             }
         }
     }
 
     fn join(&self) {
-        let thread = self.background.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self.background.lock().take();
         if let Some(thread) = thread
             && thread.thread().id() != std::thread::current().id()
         {
@@ -280,19 +280,11 @@ impl Drop for Engine {
 }
 
 impl Shared {
-    fn lock_core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_inbox(&self) -> MutexGuard<'_, Inbox> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The life of the background thread.
     fn serve(&self) {
         loop {
             self.drivers.wait_for_none();
-            let mut core = self.lock_core();
+            let mut core = self.core.lock();
             self.background_drives.store(true, Ordering::SeqCst);
             core.awake(true);
             self.drive(&mut core, self.patience.shortened(BACKGROUND_HASTE), || self.drivers.any());
@@ -315,9 +307,8 @@ impl Shared {
     /// The core, if it is free or the background thread, which gives way, has it.
     fn lock_to_drive(&self) -> Option<MutexGuard<'_, Core>> {
         match self.core.try_lock() {
-            Ok(core) => Some(core),
-            Err(TryLockError::Poisoned(core)) => Some(core.into_inner()),
-            Err(TryLockError::WouldBlock) => self.background_drives.load(Ordering::SeqCst).then(|| self.lock_core()),
+            Some(core) => Some(core),
+            None => self.background_drives.load(Ordering::SeqCst).then(|| self.core.lock()),
         }
     }
 
@@ -393,7 +384,7 @@ impl Shared {
     }
 
     fn take_inbox(&self) -> Inbox {
-        let mut inbox = self.lock_inbox();
+        let mut inbox = self.inbox.lock();
         let demands = std::mem::take(&mut inbox.demands);
         Inbox { demands, close: std::mem::take(&mut inbox.close), abort: inbox.abort.take(), ended: None }
     }
@@ -408,7 +399,7 @@ impl Shared {
 
     /// Refuses what comes from now on and what came in between.
     fn end_inbox(&self, core: &Core, error: Error) {
-        let mut inbox = self.lock_inbox();
+        let mut inbox = self.inbox.lock();
         inbox.ended.get_or_insert_with(|| error.clone());
         let late = std::mem::take(&mut inbox.demands);
         drop(inbox);

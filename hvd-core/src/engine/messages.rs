@@ -1,7 +1,9 @@
 //! Messages from one rank of the world to another. They are not negotiated: both sides say beforehand what they expect.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::entry::{Entry, Item};
 use super::submission::{Completion, Output, Submission};
@@ -97,7 +99,7 @@ impl Message {
     fn complete(self, result: Result<()>) {
         let Message { collective, item, received } = self;
         drop(collective);
-        let output = std::mem::replace(&mut *received.lock().unwrap_or_else(PoisonError::into_inner), Memory::empty());
+        let output = std::mem::replace(&mut *received.lock(), Memory::empty());
         item.complete(result.map(|()| Completion::new(output)));
     }
 }
@@ -121,7 +123,7 @@ fn side(
             let received = received.clone();
             Landing::Allocate(Box::new(move |bytes| {
                 let memory = allocate(bytes);
-                *received.lock().unwrap_or_else(PoisonError::into_inner) = memory.clone();
+                *received.lock() = memory.clone();
                 memory
             }))
         }

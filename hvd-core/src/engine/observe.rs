@@ -1,7 +1,9 @@
 //! What happens to a tensor on its way, for tests and timelines.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+
+use parking_lot::RwLock;
 
 use super::entry::Item;
 use super::submission::Submission;
@@ -60,7 +62,7 @@ pub(crate) enum Seat {
 impl Observers {
     /// Puts an observer, or none, in place of the one that has been there.
     pub(crate) fn set(&self, seat: Seat, observer: Option<Arc<dyn Observer>>) {
-        let mut watching = self.watching.write().unwrap_or_else(PoisonError::into_inner);
+        let mut watching = self.watching.write();
         watching[seat as usize] = observer;
         self.any.store(watching.iter().any(Option::is_some), Ordering::Release);
     }
@@ -83,7 +85,7 @@ impl Observers {
 
     fn each(&self, tell: impl Fn(&dyn Observer)) {
         if self.any.load(Ordering::Acquire) {
-            let watching = self.watching.read().unwrap_or_else(PoisonError::into_inner);
+            let watching = self.watching.read();
             watching.iter().flatten().for_each(|observer| tell(&**observer));
         }
     }

@@ -1,7 +1,9 @@
 //! What a user hands to the engine, and what comes back.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use parking_lot::{Condvar, Mutex};
 
 use crate::collective::even_chunks;
 use crate::device::Device;
@@ -294,7 +296,7 @@ impl Outcome {
     }
 
     pub(crate) fn set(&self, result: Result<Completion>) {
-        let mut slot = self.result.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self.result.lock();
         *slot = Some(result);
         self.done.store(true, Ordering::Release);
         self.changed.notify_all();
@@ -306,12 +308,11 @@ impl Outcome {
 
     /// Sleeps until the operation is done.
     pub(crate) fn block(&self) {
-        let slot = self.result.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.changed.wait_while(slot, |slot| slot.is_none() && !self.is_done()));
+        self.changed.wait_while(&mut self.result.lock(), |slot| slot.is_none() && !self.is_done());
     }
 
     pub(crate) fn take(&self) -> Result<Completion> {
-        let taken = self.result.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let taken = self.result.lock().take();
         taken.unwrap_or_else(|| Err(Error::Invalid("the result of this operation was taken before".into())))
     }
 }

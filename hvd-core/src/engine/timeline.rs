@@ -14,10 +14,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::observe::{Observer, Phase};
@@ -83,8 +83,8 @@ impl Timeline {
 
     /// Ends the timeline; the file is complete afterwards.
     pub fn stop(&self) {
-        drop(self.records.lock().unwrap_or_else(PoisonError::into_inner).take());
-        if let Some(writer) = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        drop(self.records.lock().take());
+        if let Some(writer) = self.writer.lock().take() {
             drop(writer.join());
         }
     }
@@ -95,7 +95,7 @@ impl Timeline {
     }
 
     fn record(&self, what: What) {
-        let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
+        let records = self.records.lock();
         let Some(records) = &*records else { return };
         let at = Instant::now();
         let lost = self.lost.swap(0, Ordering::Relaxed);

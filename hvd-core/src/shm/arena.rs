@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -56,7 +56,7 @@ impl ShmRegion {
         let failed =
             |error| Error::io(format!("cannot share {len} bytes of memory with the ranks of this host"), error);
         let room = group.segment().arena_bytes();
-        let range = group.regions().take(len, room).ok_or_else(|| failed(rustix::io::Errno::NOMEM))?;
+        let range = group.regions.lock().take(len, room).ok_or_else(|| failed(rustix::io::Errno::NOMEM))?;
         let region = ShmRegion { group, range, len };
         region.group.segment().populate(region.group.rank(), &region.range).map_err(failed)?;
         Ok(region)
@@ -83,7 +83,7 @@ impl ShmRegion {
             let _ = segment.populate(rank, &(start..start + self.range.len()));
         }
         let at = segment.region(self.group.rank(), &self.range);
-        self.group.regions().buffers.insert(self.range.start, Buffer { number, len, starts });
+        self.group.regions.lock().buffers.insert(self.range.start, Buffer { number, len, starts });
         let Some(at) = std::ptr::NonNull::new(at) else { return Ok(Memory::empty()) };
         // SAFETY: the region is this rank's until it is dropped, which the owner is only with the last clone.
         Ok(unsafe { Memory::from_raw_parts(at, len, Some(Arc::new(self))) })
@@ -92,7 +92,7 @@ impl ShmRegion {
 
 impl Drop for ShmRegion {
     fn drop(&mut self) {
-        let mut regions = self.group.regions();
+        let mut regions = self.group.regions.lock();
         regions.buffers.remove(&self.range.start);
         // The pages first, as the next to get this range expects zeros.
         if let Err(error) = self.group.segment().punch(self.group.rank(), &self.range) {
@@ -127,14 +127,10 @@ impl Regions {
 }
 
 impl ShmGroup {
-    fn regions(&self) -> MutexGuard<'_, Regions> {
-        self.regions.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The place of `memory`, if all of it lies in one buffer.
     pub fn place(&self, memory: &Memory) -> Option<Place> {
         let range = self.within_arena(memory)?;
-        let regions = self.regions();
+        let regions = self.regions.lock();
         let (offset, buffer) = regions.find(&range)?;
         Some(Place { buffer: buffer.number, offset: offset as u64 })
     }
@@ -142,7 +138,7 @@ impl ShmGroup {
     /// Where in each rank's arena the bytes are that correspond to `memory`, which has a place.
     pub(super) fn starts(&self, memory: &Memory) -> Option<Vec<usize>> {
         let range = self.within_arena(memory)?;
-        let regions = self.regions();
+        let regions = self.regions.lock();
         let (offset, buffer) = regions.find(&range)?;
         Some(buffer.starts.iter().map(|start| start + offset).collect())
     }

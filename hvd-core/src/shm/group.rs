@@ -1,8 +1,10 @@
 //! The ranks that share a segment: their counters, and how they sleep and wake each other.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::arena::Regions;
 use super::form;
@@ -162,7 +164,7 @@ impl ShmGroup {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// The numbers of an operation's pieces begin here.

@@ -4,9 +4,11 @@
 //! the memory of its receive. As with the other transports, messages move only while both sides make progress.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
 
 use super::matching::{Matching, Posted};
 use super::requests::Requests;
@@ -124,7 +126,7 @@ impl ThreadTransport {
     /// Fails if the world is lost; every method begins with it.
     fn check(&mut self) -> Result<()> {
         if self.failed.is_none() && self.hub.is_lost.load(Ordering::Acquire) {
-            let lost = lock(&self.hub.lost).clone();
+            let lost = self.hub.lost.lock().clone();
             if let Some((rank, cause)) = lost {
                 self.fail(Error::PeerLost { rank, cause });
             }
@@ -141,7 +143,7 @@ impl ThreadTransport {
             self.matching.clear();
             self.delayed.iter_mut().for_each(|queue| queue.messages.clear());
             for (_, lent) in self.lent.drain(..) {
-                lock(&lent.memory).take();
+                lent.memory.lock().take();
             }
         }
         self.failed.clone().unwrap_or(error)
@@ -161,7 +163,7 @@ impl ThreadTransport {
             Payload::Copied(bytes) => self.matching.deliver(from, tag, &bytes)?,
             Payload::Lent(lent) => {
                 let completed = {
-                    let mut memory = lock(&lent.memory);
+                    let mut memory = lent.memory.lock();
                     let Some(memory) = memory.take() else { return Err(left(from, "with a message half sent")) };
                     // SAFETY: the sender leaves the bytes alone until the request is done, and cannot take the memory
                     // back while we hold the lock.
@@ -325,7 +327,7 @@ impl Drop for ThreadTransport {
 impl Hub {
     /// Records the first failure of the world and wakes everybody.
     fn lose(&self, rank: usize, cause: String) {
-        lock(&self.lost).get_or_insert((rank, cause));
+        self.lost.lock().get_or_insert((rank, cause));
         self.is_lost.store(true, Ordering::Release);
         self.mailboxes.iter().for_each(|mailbox| mailbox.ring());
     }
@@ -333,38 +335,31 @@ impl Hub {
 
 impl Mailbox {
     fn leave(&self, envelope: Envelope) {
-        lock(&self.state).messages.push_back(envelope);
+        self.state.lock().messages.push_back(envelope);
         self.bell.notify_all();
     }
 
     fn take(&self) -> VecDeque<Envelope> {
-        std::mem::take(&mut lock(&self.state).messages)
+        std::mem::take(&mut self.state.lock().messages)
     }
 
     fn holds_from(&self, peer: usize) -> bool {
-        lock(&self.state).messages.iter().any(|envelope| envelope.from == peer)
+        self.state.lock().messages.iter().any(|envelope| envelope.from == peer)
     }
 
     fn ring(&self) {
-        lock(&self.state).rung = true;
+        self.state.lock().rung = true;
         self.bell.notify_all();
     }
 }
 
 impl Waiter for Mailbox {
     fn wait(&self, timeout: Option<Duration>) {
-        let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        let mut inbox = lock(&self.state);
-        while !inbox.rung && inbox.messages.is_empty() {
-            let Some(deadline) = deadline else {
-                inbox = self.bell.wait(inbox).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            inbox = self.bell.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner).0;
+        let mut inbox = self.state.lock();
+        let quiet = |inbox: &mut Inbox| !inbox.rung && inbox.messages.is_empty();
+        match timeout {
+            Some(timeout) => drop(self.bell.wait_while_for(&mut inbox, quiet, timeout)),
+            None => self.bell.wait_while(&mut inbox, quiet),
         }
         inbox.rung = false;
     }
@@ -415,8 +410,4 @@ impl DelayedQueue {
 
 fn left(rank: usize, when: &str) -> Error {
     Error::PeerLost { rank, cause: format!("it left the world {when}") }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

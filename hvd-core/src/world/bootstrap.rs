@@ -1,8 +1,9 @@
 //! From environment variables to a world.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
+use parking_lot::Mutex;
 use rustix::process::Signal;
 
 use super::agreement::agree;
@@ -146,7 +147,7 @@ fn wrap(
 
 /// The transport of this process's next world.
 fn next_transport(config: &Config, launch: &Launch) -> Result<Box<dyn Transport>> {
-    let mut generation = GENERATION.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut generation = GENERATION.lock();
     let Topology { rank, size, .. } = launch.topology;
     let transport = transport(config, launch, Identity { rank, size, generation: *generation })?;
     *generation += 1;

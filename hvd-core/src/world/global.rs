@@ -1,6 +1,8 @@
 //! One world for the whole process, as Horovod's users know it.
 
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::Once;
+
+use parking_lot::Mutex;
 
 use super::World;
 use crate::config::Config;
@@ -30,7 +32,7 @@ pub fn init() -> Result<World> {
 /// # Errors
 /// As [`World::with_config`], and what `config` gives.
 pub fn init_with(config: impl FnOnce() -> Result<Config>) -> Result<World> {
-    let mut slot = WORLD.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut slot = WORLD.lock();
     if let Some(world) = &*slot {
         return Ok(world.clone());
     }
@@ -48,13 +50,13 @@ pub fn init_with(config: impl FnOnce() -> Result<Config>) -> Result<World> {
 /// # Errors
 /// What the world was lost to, if it was.
 pub fn shutdown() -> Result<()> {
-    let world = WORLD.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let world = WORLD.lock().take();
     world.map_or(Ok(()), |world| world.shutdown())
 }
 
 /// Whether the process has a world.
 pub fn is_initialised() -> bool {
-    WORLD.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    WORLD.lock().is_some()
 }
 
 /// The process's world.
@@ -62,7 +64,7 @@ pub fn is_initialised() -> bool {
 /// # Errors
 /// [`Error::NotInitialised`] before [`init`].
 pub fn world() -> Result<World> {
-    WORLD.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or(Error::NotInitialised)
+    WORLD.lock().clone().ok_or(Error::NotInitialised)
 }
 
 macro_rules! queries {
@@ -107,7 +109,7 @@ fn install_panic_hook() {
         std::panic::set_hook(Box::new(move |info| {
             default_hook(info);
             // A panic while the slot is locked must not wait for itself.
-            let world = WORLD.try_lock().ok().and_then(|mut slot| slot.take());
+            let world = WORLD.try_lock().and_then(|mut slot| slot.take());
             if let Some(world) = world.filter(|world| world.size() > 1) {
                 world.abort(&format!("it panicked: {info}"));
                 std::process::exit(PANIC_EXIT_CODE);

@@ -15,9 +15,11 @@ mod solo;
 mod sparse;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
+
+use parking_lot::Mutex;
 
 use crate::config::Config;
 use crate::engine::observe::{Observer, Seat};
@@ -221,7 +223,7 @@ impl World {
         self.stop_timeline();
         let backend = self.backend().to_string();
         let timeline = Arc::new(Timeline::start(path.as_ref(), mark_rounds, self.topology(), &backend)?);
-        *self.inner().timeline.lock().unwrap_or_else(PoisonError::into_inner) = Some(timeline.clone());
+        *self.inner().timeline.lock() = Some(timeline.clone());
         self.inner().observers.set(Seat::Timeline, Some(timeline));
         Ok(())
     }
@@ -242,13 +244,13 @@ impl World {
 
     /// Whether a timeline is being written.
     pub fn has_timeline(&self) -> bool {
-        self.inner().timeline.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.inner().timeline.lock().is_some()
     }
 
     /// Ends the timeline; the part of the file that is this rank's is complete afterwards. Does nothing where there is none.
     pub fn stop_timeline(&self) {
         self.inner().observers.set(Seat::Timeline, None);
-        if let Some(timeline) = self.inner().timeline.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(timeline) = self.inner().timeline.lock().take() {
             timeline.stop();
         }
     }
@@ -256,7 +258,7 @@ impl World {
     /// Marks in the timeline, if one is being written, that the program did `name` from `started` until now: a slice in
     /// the row `row`, above those of the tensors. Slices of a row may hold each other, but not overlap otherwise.
     pub fn mark_timeline(&self, row: &'static str, name: &'static str, started: Instant) {
-        if let Some(timeline) = &*self.inner().timeline.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(timeline) = &*self.inner().timeline.lock() {
             timeline.slice(row, name, started);
         }
     }

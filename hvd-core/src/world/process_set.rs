@@ -1,8 +1,8 @@
 //! Ranks that carry out operations together.
 
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
 
 use super::{Backend, Inner, solo};
 use crate::dtype::{DType, Element};
@@ -49,7 +49,7 @@ impl ProcessSet {
         let Some(engine) = world.engine.as_ref().filter(|_| ranks.len() > 1) else {
             return Ok(ProcessSet::new(world.clone(), WORLD, ranks, Backend::Solo));
         };
-        let _one_at_a_time = world.founding.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = world.founding.lock();
         let made = engine.found(ranks.clone())?;
         let backend = match (made.shares, world.transport) {
             (true, _) => Backend::Shm,

@@ -8,11 +8,12 @@
 
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -82,26 +83,26 @@ impl Heartbeat {
     /// The neighbours that were silent for too long. Costs one load where there are none.
     pub(super) fn silent(&self) -> Vec<usize> {
         match self.shared.alarm.load(Ordering::Acquire) {
-            true => self.shared.lock().silent.clone(),
+            true => self.shared.findings.lock().silent.clone(),
             false => Vec::new(),
         }
     }
 
     /// This rank has said goodbye: the others, who agreed to, have to do so within the timeout.
     pub(super) fn expect_farewell(&self) {
-        self.shared.lock().farewell_by = Some(Instant::now() + self.shared.timeout);
+        self.shared.findings.lock().farewell_by = Some(Instant::now() + self.shared.timeout);
         self.shared.nudge();
     }
 
     /// Whether that time is over.
     pub(super) fn farewell_is_overdue(&self) -> bool {
-        self.shared.alarm.load(Ordering::Acquire) && self.shared.lock().farewell_is_overdue
+        self.shared.alarm.load(Ordering::Acquire) && self.shared.findings.lock().farewell_is_overdue
     }
 }
 
 impl Drop for Heartbeat {
     fn drop(&mut self) {
-        self.shared.lock().stop = true;
+        self.shared.findings.lock().stop = true;
         self.shared.nudge();
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
@@ -110,10 +111,6 @@ impl Drop for Heartbeat {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Findings> {
-        self.findings.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn nudge(&self) {
         // Fails only where the counter is full, and then a nudge is pending anyway.
         let _ = rustix::io::write(&self.nudge, &1u64.to_ne_bytes());
@@ -190,7 +187,7 @@ impl Listener {
     /// This process was held up: what the others did meanwhile, nobody knows.
     fn start_over(&mut self, now: Instant) {
         self.neighbours.iter_mut().for_each(|neighbour| neighbour.heard = now);
-        let farewell_by = &mut self.shared.lock().farewell_by;
+        let farewell_by = &mut self.shared.findings.lock().farewell_by;
         *farewell_by = farewell_by.map(|_| now + self.shared.timeout);
     }
 
@@ -198,7 +195,7 @@ impl Listener {
     fn judge(&mut self, now: Instant) -> bool {
         let timeout = self.shared.timeout;
         let silent = |neighbour: &Neighbour| now.duration_since(neighbour.heard) >= timeout;
-        let mut findings = self.shared.lock();
+        let mut findings = self.shared.findings.lock();
         let before = findings.silent.len();
         findings.silent.extend(self.neighbours.iter().filter(|neighbour| silent(neighbour)).map(|n| n.rank));
         self.neighbours.retain(|neighbour| !silent(neighbour));

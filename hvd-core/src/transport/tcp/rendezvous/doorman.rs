@@ -7,11 +7,12 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::stream::{Listener, Stream};
@@ -64,7 +65,7 @@ pub(super) struct Ticket {
 impl Ticket {
     /// The caller is no stranger: from now on it cannot be pushed out. `false` if it has been.
     pub(super) fn settle(&self) -> bool {
-        let mut greetings = lock(&self.greetings);
+        let mut greetings = self.greetings.lock();
         let before = greetings.len();
         greetings.retain(|greeting| greeting.number != self.number);
         greetings.len() < before
@@ -154,7 +155,7 @@ impl<T: Send + 'static> Doorman<T> {
 
     /// How long it takes until another caller may come in: none while there is room, or somebody who can be pushed out.
     fn time_to_room(&self) -> Duration {
-        let greetings = lock(&self.greetings);
+        let greetings = self.greetings.lock();
         match greetings.front() {
             Some(oldest) if greetings.len() >= MAX_GREETINGS => UNDISTURBED.saturating_sub(oldest.since.elapsed()),
             _ => Duration::ZERO,
@@ -179,13 +180,13 @@ impl<T: Send + 'static> Doorman<T> {
             let _ = rustix::io::write(&*sender.wake, &1u64.to_ne_bytes());
         });
         if thread.is_err() {
-            lock(&self.greetings).retain(|greeting| greeting.number != number);
+            self.greetings.lock().retain(|greeting| greeting.number != number);
         }
     }
 
     /// Notes a greeting that begins, for which another may have to end.
     fn enter(&self, connection: OwnedFd) -> Ticket {
-        let mut greetings = lock(&self.greetings);
+        let mut greetings = self.greetings.lock();
         if greetings.len() >= MAX_GREETINGS
             && let Some(oldest) = greetings.pop_front()
         {
@@ -196,10 +197,6 @@ impl<T: Send + 'static> Doorman<T> {
         greetings.push_back(Greeting { number, since: Instant::now(), connection });
         Ticket { number, greetings: self.greetings.clone() }
     }
-}
-
-fn lock(greetings: &Greetings) -> MutexGuard<'_, VecDeque<Greeting>> {
-    greetings.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Tells of a stranger, unless there were many before.

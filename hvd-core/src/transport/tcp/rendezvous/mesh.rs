@@ -3,9 +3,11 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::doorman::{Doorbell, Doorman, Ticket};
 use super::lifeline::Lifeline;
@@ -149,7 +151,7 @@ fn start_caller(
     let (callers, calls) = (calls.len().min(CALLERS), Arc::new(Mutex::new(calls.into_iter())));
     for _ in 0..callers {
         let (calls, key, bell, given_up) = (calls.clone(), roster.key.clone(), bell.clone(), given_up.clone());
-        let next = move || calls.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let next = move || calls.lock().next();
         let run = move || {
             while let Some((purpose, peer, address)) = next().filter(|_| !given_up.load(Ordering::Acquire)) {
                 bell.send(call(identity, purpose, peer, &address, &key, deadline));
