@@ -1,6 +1,7 @@
 //! Agreements of the past, so that a repeated tensor is negotiated with one bit.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::message::Signature;
 
@@ -16,7 +17,7 @@ pub struct Agreement {
 }
 
 struct Slot {
-    agreement: Agreement,
+    agreement: Arc<Agreement>,
     last_used: u64,
 }
 
@@ -46,7 +47,7 @@ impl ResponseCache {
     }
 
     /// What was agreed on in a slot.
-    pub fn get(&self, slot: usize) -> Option<&Agreement> {
+    pub fn get(&self, slot: usize) -> Option<&Arc<Agreement>> {
         self.slots.get(slot)?.as_ref().map(|slot| &slot.agreement)
     }
 
@@ -73,8 +74,8 @@ impl ResponseCache {
         }
     }
 
-    /// Remembers an agreement. Gives the slot that had to go for it.
-    pub fn insert(&mut self, agreement: Agreement) -> Option<usize> {
+    /// Remembers an agreement. Gives the one that had to go for it.
+    pub fn insert(&mut self, agreement: Arc<Agreement>) -> Option<Arc<Agreement>> {
         if self.capacity == 0 {
             return None;
         }
@@ -85,14 +86,16 @@ impl ResponseCache {
         evicted
     }
 
-    /// Forgets a name. Gives the slot it had.
-    pub fn remove(&mut self, name: &str) -> Option<usize> {
-        let slot = self.by_name.remove(name)?;
-        self.slots[slot] = None;
-        Some(slot)
+    /// Forgets a name. Gives whether it was known.
+    pub fn remove(&mut self, name: &str) -> bool {
+        let slot = self.by_name.remove(name);
+        if let Some(slot) = slot {
+            self.slots[slot] = None;
+        }
+        slot.is_some()
     }
 
-    fn free_slot(&mut self) -> (usize, Option<usize>) {
+    fn free_slot(&mut self) -> (usize, Option<Arc<Agreement>>) {
         if let Some(free) = self.slots.iter().position(Option::is_none) {
             return (free, None);
         }
@@ -102,35 +105,38 @@ impl ResponseCache {
         }
         let age = |slot: &Option<Slot>| slot.as_ref().map_or(0, |slot| slot.last_used);
         let oldest = (0..self.slots.len()).min_by_key(|&slot| age(&self.slots[slot])).unwrap_or(0);
-        if let Some(slot) = self.slots[oldest].take() {
-            self.by_name.remove(&slot.agreement.name);
+        let evicted = self.slots[oldest].take().map(|slot| slot.agreement);
+        if let Some(agreement) = &evicted {
+            self.by_name.remove(&agreement.name);
         }
-        (oldest, Some(oldest))
+        (oldest, evicted)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use smallvec::smallvec;
+
     use super::*;
     use crate::device::Device;
     use crate::dtype::DType;
     use crate::engine::message::{SignatureKind, TensorSignature};
 
-    fn agreement(name: &str) -> Agreement {
-        let tensors = vec![TensorSignature { dtype: DType::F32, shape: vec![2], place: None }];
+    fn agreement(name: &str) -> Arc<Agreement> {
+        let tensors = smallvec![TensorSignature { dtype: DType::F32, shape: smallvec![2], place: None }];
         let signature = Signature { kind: SignatureKind::Allgather, device: Device::Cpu, tensors };
-        Agreement { name: name.into(), signature, first_dims: vec![vec![4], vec![5]] }
+        Arc::new(Agreement { name: name.into(), signature, first_dims: vec![vec![4], vec![5]] })
     }
 
     #[test]
     fn a_hit_needs_the_same_name_signature_and_first_dimension() {
         let mut cache = ResponseCache::new(4);
         let a = agreement("a");
-        assert_eq!(cache.insert(a.clone()), None);
+        assert!(cache.insert(a.clone()).is_none());
         assert_eq!(cache.find("a", &a.signature, 0, &[4]), Some(0));
         assert_eq!(cache.find("a", &a.signature, 1, &[4]), None);
         assert_eq!(cache.find("b", &a.signature, 0, &[4]), None);
-        let other = Signature { device: Device::Cuda, ..a.signature };
+        let other = Signature { device: Device::Cuda, ..a.signature.clone() };
         assert_eq!(cache.find("a", &other, 0, &[4]), None);
     }
 
@@ -140,17 +146,18 @@ mod tests {
         cache.insert(agreement("a"));
         cache.insert(agreement("b"));
         cache.touch(0);
-        assert_eq!(cache.insert(agreement("c")), Some(1));
+        let name = |agreement: Option<Arc<Agreement>>| agreement.map(|agreement| agreement.name.clone());
+        assert_eq!(name(cache.insert(agreement("c"))).as_deref(), Some("b"));
         assert_eq!(cache.get(1).map(|agreement| agreement.name.as_str()), Some("c"));
-        assert_eq!(cache.remove("a"), Some(0));
-        assert_eq!(cache.insert(agreement("d")), None);
-        assert_eq!(cache.insert(agreement("e")), Some(1));
+        assert!(cache.remove("a") && !cache.remove("a"));
+        assert_eq!(name(cache.insert(agreement("d"))), None);
+        assert_eq!(name(cache.insert(agreement("e"))).as_deref(), Some("c"));
     }
 
     #[test]
     fn no_capacity_means_no_cache() {
         let mut cache = ResponseCache::new(0);
-        assert_eq!(cache.insert(agreement("a")), None);
+        assert!(cache.insert(agreement("a")).is_none());
         assert!(cache.get(0).is_none());
     }
 }

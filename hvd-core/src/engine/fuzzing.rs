@@ -1,5 +1,7 @@
 //! What `fuzz/` and the property tests throw at the messages of negotiation.
 
+use smallvec::smallvec;
+
 use super::message::{Announcement, BitSet, RoundMessage, Signature, SignatureKind, TensorSignature};
 use crate::device::Device;
 use crate::dtype::DType;
@@ -39,7 +41,7 @@ fn check_travel(message: &RoundMessage) {
 
 /// Messages as ranks send them, for tests to spoil.
 pub fn valid_negotiation() -> Vec<u8> {
-    let tensors = vec![TensorSignature { dtype: DType::F32, shape: vec![3, 4], place: None }];
+    let tensors = smallvec![TensorSignature { dtype: DType::F32, shape: smallvec![3, 4], place: None }];
     let signature = Signature { kind: SignatureKind::Allgather, device: Device::Cpu, tensors };
     let message = |rank: usize| {
         let announcement = Announcement::new(rank, 7, signature.clone(), vec![rank as u64 + 1]);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use super::submission::{Allreduce, OpKind, Submission};
 use super::tuner::Tuned;
@@ -14,9 +15,12 @@ use crate::reduce::ReduceOp;
 use crate::shm::Place;
 use crate::wire::Compression;
 
-/// A set of small numbers.
+/// Bytes of a message, mostly.
+const USUAL_BYTES: usize = 64;
+
+/// A set of small numbers. What a repeated step says of up to 256 tensors takes no allocation.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BitSet(Vec<u64>);
+pub struct BitSet(SmallVec<[u64; 4]>);
 
 impl BitSet {
     /// The set of `index` alone.
@@ -33,6 +37,13 @@ impl BitSet {
             self.0.resize(word + 1, 0);
         }
         self.0[word] |= 1 << (index % 64);
+    }
+
+    /// Takes a number out.
+    pub fn remove(&mut self, index: usize) {
+        if let Some(word) = self.0.get_mut(index / 64) {
+            *word &= !(1 << (index % 64));
+        }
     }
 
     /// Whether a number is in the set.
@@ -87,7 +98,7 @@ pub struct Signature {
     /// Where the tensors lie.
     pub device: Device,
     /// The tensors: one, or those of a group.
-    pub tensors: Vec<TensorSignature>,
+    pub tensors: SmallVec<[TensorSignature; 1]>,
 }
 
 /// The part of one tensor.
@@ -96,7 +107,7 @@ pub struct TensorSignature {
     /// Element type.
     pub dtype: DType,
     /// Dimensions; without the first where that may differ from rank to rank.
-    pub shape: Vec<u64>,
+    pub shape: SmallVec<[u64; 4]>,
     /// Where in a shared buffer the elements lie, if they are to be reduced in place.
     pub place: Option<Place>,
 }
@@ -452,6 +463,6 @@ impl RoundMessage {
 
     /// The bytes for a peer. Never empty.
     pub fn encode(&self) -> Result<Vec<u8>, String> {
-        postcard::to_stdvec(self).map_err(|error| error.to_string())
+        postcard::to_extend(self, Vec::with_capacity(USUAL_BYTES)).map_err(|error| error.to_string())
     }
 }

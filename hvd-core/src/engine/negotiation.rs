@@ -23,7 +23,7 @@ pub enum Verdict {
     /// All ranks have it, or have joined, and agree.
     Ready {
         /// What they agree on.
-        agreement: Agreement,
+        agreement: Arc<Agreement>,
         /// How many ranks have not joined: what they contribute is all there is.
         contributors: usize,
     },
@@ -48,6 +48,8 @@ struct Waiting {
     signature: Signature,
     first_dims: Vec<u64>,
     sequence: u64,
+    /// Where it is in the cache, if it is: each round says it again.
+    slot: Option<usize>,
     /// When the stall inspector first saw it.
     seen: Option<Instant>,
     /// The round after which it is known of every rank whether it has this tensor; `None` if no rank had it as a bit.
@@ -65,8 +67,8 @@ pub struct Negotiation {
     cache: ResponseCache,
     /// What this rank waits for, by name.
     waiting: HashMap<String, Waiting>,
-    /// Those of `waiting` that are in the cache, by slot: each round says them again.
-    cached: BTreeMap<usize, String>,
+    /// The slots of those of `waiting` that are in the cache.
+    cached: BitSet,
     /// Those of `waiting` that no round has told the others yet.
     unannounced: Vec<String>,
     /// What rounds have told and is not ready. The same on all ranks.
@@ -102,7 +104,7 @@ impl Negotiation {
             exchange: Exchange::new(rank, size, shared),
             cache: ResponseCache::new(cache_capacity),
             waiting: HashMap::new(),
-            cached: BTreeMap::new(),
+            cached: BitSet::default(),
             unannounced: Vec::new(),
             table: BTreeMap::new(),
             next_sequence: 0,
@@ -123,11 +125,12 @@ impl Negotiation {
     /// of an allgather, else empty.
     pub fn submit(&mut self, name: &str, signature: Signature, first_dims: Vec<u64>) {
         self.next_sequence += 1;
-        match self.cache.find(name, &signature, self.rank, &first_dims) {
-            Some(slot) => drop(self.cached.insert(slot, name.to_string())),
+        let slot = self.cache.find(name, &signature, self.rank, &first_dims);
+        match slot {
+            Some(slot) => self.cached.insert(slot),
             None => self.unannounced.push(name.to_string()),
         }
-        let waiting = Waiting { signature, first_dims, sequence: self.next_sequence, seen: None, counted: None };
+        let waiting = Waiting { signature, first_dims, sequence: self.next_sequence, slot, seen: None, counted: None };
         self.waiting.insert(name.to_string(), waiting);
         self.news = true;
     }
@@ -227,15 +230,11 @@ impl Negotiation {
                 overdue.push(Overdue { name: name.clone(), waited, missing, speaks, astray: None });
             }
         }
-        self.cached.retain(|_, name| {
-            let Some(waiting) = self.waiting.get(name) else { return true };
-            let waits = waiting.seen.is_none_or(|seen| now.duration_since(seen) < age);
-            if !waits {
-                self.unannounced.push(std::mem::take(name));
-                self.news = true;
-            }
-            waits
-        });
+        let late = |waiting: &Waiting| waiting.seen.is_some_and(|seen| now.duration_since(seen) >= age);
+        let bits = self.waiting.iter().filter(|(_, waiting)| waiting.slot.is_some() && late(waiting));
+        for name in bits.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
+            self.announce_in_full(&name);
+        }
         overdue
     }
 
@@ -244,7 +243,7 @@ impl Negotiation {
         let ready = match joins {
             // Whatever the others have, but for rows: it has none.
             true => self.cache.slots_without_rows().collect(),
-            false => self.cached.keys().copied().collect(),
+            false => self.cached.clone(),
         };
         let announce = |name: &String| {
             let waiting = self.waiting.get(name)?;
@@ -285,10 +284,10 @@ impl Negotiation {
     }
 
     /// What is in a slot that is waiting on all ranks.
-    fn hit(&mut self, slot: usize) -> Option<Agreement> {
+    fn hit(&mut self, slot: usize) -> Option<Arc<Agreement>> {
         let agreement = self.cache.get(slot)?.clone();
         self.cache.touch(slot);
-        self.cached.remove(&slot);
+        self.cached.remove(slot);
         self.waiting.remove(&agreement.name);
         Some(agreement)
     }
@@ -302,22 +301,20 @@ impl Negotiation {
         self.joined.extend(new);
         // Whoever has joined has no rows, so what was agreed on of rows is no more.
         for name in self.cache.names_with_rows() {
-            let evicted = self.cache.remove(&name);
-            self.announce_again(evicted);
+            self.forget(&name);
         }
         true
     }
 
     /// Takes in what was announced of a name; gives the name.
     fn note_announced(&mut self, name: String, announcement: Announcement) -> String {
-        let evicted = self.cache.remove(&name);
-        self.announce_again(evicted);
+        let was_cached = self.forget(&name);
         let known = self.table.entry(name.clone()).or_default();
         match known.variants.is_empty() {
             true => *known = announcement,
             false => known.merge(announcement),
         }
-        if evicted.is_some() && !self.is_complete(&name) {
+        if was_cached && !self.is_complete(&name) {
             // Who had it as a bit announces it in the next round: so there must be one, and it tells who has it.
             self.news = true;
             if let Some(waiting) = self.waiting.get_mut(&name) {
@@ -346,21 +343,23 @@ impl Negotiation {
             Ok(agreed) => agreed,
             Err(error) => return Verdict::Refused { name, error },
         };
-        let agreement = Agreement { name, signature, first_dims };
+        let agreement = Arc::new(Agreement { name, signature, first_dims });
         let lasts = agreement.first_dims.is_empty() || self.joined.is_empty();
-        if lasts && agreement.signature.kind != SignatureKind::Barrier {
-            let evicted = self.cache.insert(agreement.clone());
-            self.announce_again(evicted);
+        if lasts
+            && agreement.signature.kind != SignatureKind::Barrier
+            && let Some(evicted) = self.cache.insert(agreement.clone())
+        {
+            self.announce_in_full(&evicted.name);
         }
         self.carry_out(agreement)
     }
 
     /// What follows from an agreement: a rank that has joined has nothing to broadcast.
-    fn carry_out(&self, agreement: Agreement) -> Verdict {
+    fn carry_out(&self, agreement: Arc<Agreement>) -> Verdict {
         let joined = |root: &usize| self.joined.iter().any(|&rank| self.members[rank] == *root);
         match agreement.signature.kind {
             SignatureKind::Broadcast { root } if joined(&(root as usize)) => {
-                let name = agreement.name;
+                let name = agreement.name.clone();
                 let error =
                     Error::Invalid(format!("`{name}`: the root, rank {root}, has joined and has nothing to broadcast"));
                 Verdict::Refused { name, error }
@@ -376,11 +375,17 @@ impl Negotiation {
         Some(Verdict::Joined { last: self.members[last] })
     }
 
-    /// What waited under a slot that is no more must be announced in full.
-    fn announce_again(&mut self, evicted: Option<usize>) {
-        if let Some(name) = evicted.and_then(|slot| self.cached.remove(&slot)) {
-            self.unannounced.push(name);
-            self.news = true;
-        }
+    /// Takes a name out of the cache. Gives whether it was there.
+    fn forget(&mut self, name: &str) -> bool {
+        self.announce_in_full(name);
+        self.cache.remove(name)
+    }
+
+    /// What was said with a bit, if this rank waits for it, is said in full from now on.
+    fn announce_in_full(&mut self, name: &str) {
+        let Some(slot) = self.waiting.get_mut(name).and_then(|waiting| waiting.slot.take()) else { return };
+        self.cached.remove(slot);
+        self.unannounced.push(name.to_string());
+        self.news = true;
     }
 }

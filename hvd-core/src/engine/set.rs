@@ -168,7 +168,7 @@ impl Set {
         for verdict in verdicts {
             match verdict {
                 Verdict::Ready { agreement, contributors } => {
-                    ready.extend(self.ready_tensors(agreement, contributors, observers));
+                    ready.extend(self.ready_tensors(&agreement, contributors, observers));
                 }
                 Verdict::Refused { name, error } => self.refuse(&name, error, observers),
                 Verdict::Joined { last } => {
@@ -190,8 +190,8 @@ impl Set {
     }
 
     /// The tensors on which the ranks agree. Where this rank has joined, others stand in for them.
-    fn ready_tensors(&mut self, agreement: Agreement, contributors: usize, observers: &Observers) -> Vec<Ready> {
-        let stand_in = || self.negotiation.has_joined().then(|| Entry::stand_in(&agreement));
+    fn ready_tensors(&mut self, agreement: &Agreement, contributors: usize, observers: &Observers) -> Vec<Ready> {
+        let stand_in = || self.negotiation.has_joined().then(|| Entry::stand_in(agreement));
         let Some(entry) = self.waiting.remove(&agreement.name).or_else(stand_in) else { return Vec::new() };
         let Agreement { signature: Signature { kind, tensors, .. }, first_dims, .. } = agreement;
         let all_contribute = contributors == self.backend.size;
@@ -199,7 +199,7 @@ impl Set {
             observers.tell(&item.submission.name, Phase::Negotiated);
             item.first_dims = first_dims.iter().filter_map(|dims| dims.get(at).map(|&dim| dim as usize)).collect();
             let in_place = all_contribute && tensors.get(at).is_some_and(|tensor| tensor.place.is_some());
-            let route = self.backend.route(&kind, item.submission.input.len(), in_place);
+            let route = self.backend.route(kind, item.submission.input.len(), in_place);
             Ready { kind: kind.clone(), route, contributors, item }
         };
         entry.items.into_iter().enumerate().map(ready).collect()

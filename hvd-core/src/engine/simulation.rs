@@ -5,8 +5,11 @@
 //! costs nothing.
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
+
+use parking_lot::Mutex;
+use smallvec::smallvec;
 
 use super::message::{Signature, SignatureKind, TensorSignature};
 use super::negotiation::{Negotiation, Verdict};
@@ -120,7 +123,7 @@ impl Simulation {
     /// # Errors
     /// [`Error::Protocol`] where the negotiation fails or comes to a stop.
     pub fn negotiate(&mut self, names: &[String]) -> Result<Cost> {
-        self.air().start_clocks();
+        self.air.lock().start_clocks();
         let mut missing: Vec<HashSet<&str>> = vec![names.iter().map(String::as_str).collect(); self.ranks.len()];
         let mut rounds = 0;
         for (rank, missing) in missing.iter_mut().enumerate() {
@@ -128,11 +131,11 @@ impl Simulation {
             rounds += self.poll(rank, missing)?;
         }
         while missing.iter().any(|names| !names.is_empty()) {
-            let arrived = self.air().deliver_next()?;
+            let arrived = self.air.lock().deliver_next()?;
             let rank = arrived.ok_or_else(|| stuck("no message is under way, and tensors are missing"))?;
             rounds += self.poll(rank, &mut missing[rank])?;
         }
-        let mut cost = self.air().cost();
+        let mut cost = self.air.lock().cost();
         cost.rounds = rounds / self.ranks.len();
         Ok(cost)
     }
@@ -152,15 +155,15 @@ impl Simulation {
         }
         Ok(rounds)
     }
-
-    fn air(&self) -> MutexGuard<'_, Air> {
-        self.air.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 fn signature() -> Signature {
-    let tensor = TensorSignature { dtype: DType::F32, shape: vec![1024], place: None };
-    Signature { kind: SignatureKind::Allreduce(Allreduce::sum().into()), device: Device::Cpu, tensors: vec![tensor] }
+    let tensor = TensorSignature { dtype: DType::F32, shape: smallvec![1024], place: None };
+    Signature {
+        kind: SignatureKind::Allreduce(Allreduce::sum().into()),
+        device: Device::Cpu,
+        tensors: smallvec![tensor],
+    }
 }
 
 fn stuck(detail: &str) -> Error {
@@ -221,12 +224,6 @@ struct Port {
     air: Arc<Mutex<Air>>,
 }
 
-impl Port {
-    fn air(&self) -> MutexGuard<'_, Air> {
-        self.air.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Transport for Port {
     fn name(&self) -> &'static str {
         "simulation"
@@ -241,14 +238,14 @@ impl Transport for Port {
     }
 
     fn send(&mut self, peer: usize, tag: Tag, data: Memory) -> Result<Request> {
-        let mut air = self.air();
+        let mut air = self.air.lock();
         // SAFETY: the bytes do not change until the request is done, which it is from the start.
         air.send(self.rank, peer, tag, unsafe { data.as_slice() }.to_vec());
         Ok(air.nodes[self.rank].requests.open_done())
     }
 
     fn recv(&mut self, peer: usize, tag: Tag, into: Memory) -> Result<Request> {
-        let mut air = self.air();
+        let mut air = self.air.lock();
         let Node { matching, requests, .. } = &mut air.nodes[self.rank];
         let request = requests.open();
         if matching.post(peer, tag, Posted { request, into })? {
@@ -258,11 +255,11 @@ impl Transport for Port {
     }
 
     fn try_recv_any(&mut self, peer: usize, tag: Tag) -> Result<Option<Vec<u8>>> {
-        self.air().nodes[self.rank].matching.take_any(peer, tag)
+        self.air.lock().nodes[self.rank].matching.take_any(peer, tag)
     }
 
     fn test(&mut self, request: Request) -> Result<bool> {
-        self.air().nodes[self.rank].requests.test(request)
+        self.air.lock().nodes[self.rank].requests.test(request)
     }
 
     fn ring(&mut self, _peer: usize) -> Result<()> {
@@ -317,7 +314,7 @@ mod tests {
 
         /// Lets one message arrive; `false` if there is none.
         fn arrive(&mut self) -> bool {
-            let arrived = self.air().deliver_next().expect("a message");
+            let arrived = self.air.lock().deliver_next().expect("a message");
             arrived.is_some_and(|rank| self.poll(rank, &mut HashSet::new()).is_ok())
         }
 

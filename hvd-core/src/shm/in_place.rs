@@ -20,8 +20,8 @@ const PIECE_BYTES: usize = 1 << 20;
 /// Combines the ranks' elements where they lie: each rank reads its share of a piece out of all ranks' buffers and writes
 /// the result into all of them. The bits are those of [`super::ShmAllreduce`].
 ///
-/// For a payload of `n` bytes on `p` ranks a rank reads `n` and writes `n` bytes; two waits per piece, one for all ranks to
-/// have begun the operation and one for all to have written.
+/// For a payload of `n` bytes on `p` ranks a rank reads `n` and writes `n` bytes; one wait per piece, for all to have written.
+/// That all have handed in their buffers is for the caller to know: the engine begins what all ranks have submitted.
 pub struct ShmInPlaceAllreduce {
     stream: Stream,
     plan: InPlace,
@@ -69,7 +69,7 @@ impl InPlace {
     }
 
     fn reduce_both(&self, group: &ShmGroup, run: &Run) {
-        // SAFETY: all ranks have begun this operation, so that their buffers, which lie in different arenas, are at its disposal;
+        // SAFETY: all ranks have handed in their buffers, which lie in different arenas, and get them back at the end of the operation;
         // in this share only this rank reads and writes until it announces that it has reduced it.
         let [first, second] =
             [0, 1].map(|rank| unsafe { std::slice::from_raw_parts_mut(self.at(group, run, rank), run.user.len()) });
@@ -91,7 +91,7 @@ impl InPlace {
 
 impl Plan for InPlace {
     fn writers(&self) -> Writers {
-        Writers::All
+        Writers::Nobody
     }
 
     fn reduces(&self) -> bool {

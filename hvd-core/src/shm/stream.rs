@@ -35,6 +35,8 @@ pub(super) trait Plan: Send {
 pub(super) enum Writers {
     All,
     One(usize),
+    /// Nothing is staged: what is reduced was there before the operation began on any rank.
+    Nobody,
 }
 
 /// An operation's place in the sequence of the group's pieces.
@@ -94,10 +96,11 @@ impl Stream {
         let all = |phase, count| Some(Need { phase, by: By::All, count });
         match phase {
             Phase::Stage if self.writes(plan) => all(Phase::Copy, (piece + 1).saturating_sub(PIECES as u64)),
-            Phase::Reduce if plan.reduces() => all(Phase::Stage, piece + 1),
+            Phase::Reduce if plan.reduces() && plan.writers() != Writers::Nobody => all(Phase::Stage, piece + 1),
             Phase::Stage | Phase::Reduce | Phase::Speak => None,
             Phase::Copy if plan.reduces() => all(Phase::Reduce, piece + 1),
             Phase::Copy => match plan.writers() {
+                Writers::Nobody => None,
                 Writers::All => all(Phase::Stage, piece + 1),
                 Writers::One(root) => Some(Need { phase: Phase::Stage, by: By::One(root), count: piece + 1 }),
             },
