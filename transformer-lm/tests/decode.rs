@@ -3,9 +3,10 @@
 mod support;
 
 use support::{distance, ids, lively_model, tiny};
+use tch::nn::VarStore;
 use tch::{Kind, Tensor};
 use transformer_lm::model::sampling::Sampling;
-use transformer_lm::model::{GenerationParams, KvCache, ModelConfig, TransformerLM};
+use transformer_lm::model::{GenerationParams, KvCache, ModelConfig, Positions, TransformerLM};
 
 fn config() -> ModelConfig {
     ModelConfig { max_seq_len: 16, ..tiny() }
@@ -126,13 +127,13 @@ fn step(model: &TransformerLM, sequences: usize) -> Tensor {
 
 #[test]
 fn steps_compute_what_the_whole_window_does() {
-    for sequences in [1, 3, 7] {
-        for threads in [1, 2] {
-            let (_store, model) = lively_model(&config(), Kind::Float);
+    for positions in [Positions::Learned, Positions::Sinusoidal] {
+        for (sequences, threads) in [(1, 1), (1, 2), (3, 1), (3, 2), (7, 1)] {
+            let (_store, model) = lively_model(&ModelConfig { positions, ..config() }, Kind::Float);
             tch::set_num_threads(threads);
             let (logits, _) = model.forward_t(&some_tokens(sequences), None, None, false).unwrap();
             let difference = distance(&logits.select(1, 5), &step(&model, sequences));
-            assert!(difference < 1e-5, "{sequences} sequences, {threads} threads: {difference}");
+            assert!(difference < 1e-5, "{positions:?}, {sequences} sequences, {threads} threads: {difference}");
         }
     }
 }
@@ -149,25 +150,41 @@ fn a_step_refuses_what_does_not_fit() {
     assert!(logits(vec![5]).unwrap_err().to_string().contains("do not fit into a cache of 4"));
 }
 
+/// A model whose matrices, all but one, hold numbers of bf16.
+fn rounded_but(left: &str) -> (VarStore, TransformerLM) {
+    let (store, model) = lively_model(&config(), Kind::Float);
+    let parameters = model.parameters().into_iter();
+    for (_, mut parameter) in parameters.filter(|(name, parameter)| parameter.dim() == 2 && name != left) {
+        tch::no_grad(|| parameter.copy_(&parameter.to_kind(Kind::BFloat16)));
+    }
+    (store, model)
+}
+
+/// How far narrow weights move the logits of [`step`].
+fn narrowing((_store, mut model): (VarStore, TransformerLM), sequences: usize) -> f64 {
+    let whole = step(&model, sequences);
+    model.narrow_weights().unwrap();
+    distance(&whole, &step(&model, sequences))
+}
+
 #[test]
 fn narrow_weights_are_the_weights_rounded_to_bf16() {
     for sequences in [1, 3, 7] {
-        let (_store, mut model) = lively_model(&config(), Kind::Float);
-        let whole = step(&model, sequences);
-        model.narrow_weights().unwrap();
-        let narrow = step(&model, sequences);
-        let difference = distance(&whole, &narrow);
+        let difference = narrowing(lively_model(&config(), Kind::Float), sequences);
         // Seven sequences at once are worth the whole weights.
         assert_eq!(difference == 0.0, sequences == 7, "{difference}");
         assert!(difference < 0.1, "{difference}");
-
-        let (_store, mut model) = lively_model(&config(), Kind::Float);
-        for (_, mut parameter) in model.parameters().into_iter().filter(|(_, parameter)| parameter.dim() == 2) {
-            tch::no_grad(|| parameter.copy_(&parameter.to_kind(Kind::BFloat16)));
-        }
-        let whole = step(&model, sequences);
-        model.narrow_weights().unwrap();
-        let difference = distance(&whole, &step(&model, sequences));
+        let difference = narrowing(rounded_but("nothing"), sequences);
         assert!(difference < 1e-5, "{difference}");
+    }
+}
+
+#[test]
+fn every_weight_of_a_product_is_narrow() {
+    let (_store, model) = rounded_but("nothing");
+    let matrices = model.parameters().into_iter().filter(|(_, parameter)| parameter.dim() == 2);
+    // Positions are only added.
+    for (name, _) in matrices.filter(|(name, _)| name != "wpe.weight") {
+        assert!(narrowing(rounded_but(&name), 1) > 0.0, "{name}");
     }
 }

@@ -72,7 +72,7 @@ impl TransformerLM {
         // The embedding's weights are used at both ends, but a gradient may arrive only once for each parameter, as its
         // hook counts them: what the head adds is collected apart.
         let x = leaf(&inputs[self.blocks.len()]);
-        let wte = leaf(&self.wte);
+        let wte = leaf(&self.wte.values);
         let head = || {
             self.head_sums(&self.ln_f.forward(Stream::new(x.shallow_clone()))?.1, &wte, &targets, true, how.accuracy)
         };
@@ -87,7 +87,7 @@ impl TransformerLM {
             autograd::backward(&[(&block(layer, &x)?, Some(&gradient))], false)?;
             gradient = x.f_grad()?;
         }
-        autograd::accumulate(&self.wte, |mut sum| {
+        autograd::accumulate(&self.wte.values, |mut sum| {
             let _ = sum.f_add_(&wte.f_grad()?)?;
             Ok(())
         })?;

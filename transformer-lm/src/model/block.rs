@@ -8,32 +8,33 @@ use tch::{Tensor, nn};
 use super::cache::LayerCache;
 use super::fused::{self, Dense, LayerNormOptions};
 use super::init::Init;
+use super::matrix::Matrix;
 use super::{ModelConfig, STD};
 use crate::Result;
 
 /// A dense layer `x·Wᵀ + b`. The weight is stored (out, in), as torch's Linear does; GPT-2's own files hold (in, out).
 #[derive(Debug)]
 pub(super) struct Linear {
-    weight: Tensor,
-    bias: Tensor,
+    pub(super) weight: Matrix,
+    pub(super) bias: Tensor,
 }
 
 impl Linear {
     fn new(init: &mut Init, path: &nn::Path, inputs: usize, outputs: usize, std: f64) -> Self {
         Self {
-            weight: init.normal(path, "weight", &[outputs, inputs], std),
+            weight: Matrix::new(init.normal(path, "weight", &[outputs, inputs], std)),
             bias: init.constant(path, "bias", &[outputs], 0.0),
         }
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        fused::linear(x, &self.weight, Some(&self.bias))
+        fused::linear(x, &self.weight.values, Some(&self.bias))
     }
 
     /// GELU of the layer's result.
     fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
         match fused::is_quick(x) {
-            true => fused::gelu(fused::linear(x, &self.weight, None)?, Some(&self.bias)),
+            true => fused::gelu(fused::linear(x, &self.weight.values, None)?, Some(&self.bias)),
             false => fused::gelu(self.forward(x)?, None),
         }
     }
@@ -42,7 +43,7 @@ impl Linear {
     fn branch(&self, x: Tensor, probability: f64, train: bool) -> Result<Branch<'_>> {
         match train && probability > 0.0 {
             true => Ok(Branch::Values(dropout(self.forward(&x)?, probability, train))),
-            false => Ok(Branch::Product(x, Dense { weight: &self.weight, bias: &self.bias })),
+            false => Ok(Branch::Product(x, Dense { weight: &self.weight.values, bias: &self.bias })),
         }
     }
 }
@@ -83,8 +84,8 @@ pub const LAYER_NORM_EPS: f64 = 1e-5;
 /// Layer normalisation with weight and bias.
 #[derive(Debug)]
 pub(super) struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
+    pub(super) weight: Tensor,
+    pub(super) bias: Tensor,
 }
 
 impl LayerNorm {
@@ -116,9 +117,9 @@ pub(super) enum Attend {
 }
 
 #[derive(Debug)]
-struct Attention {
-    c_attn: Linear,
-    c_proj: Linear,
+pub(super) struct Attention {
+    pub(super) c_attn: Linear,
+    pub(super) c_proj: Linear,
     heads: i64,
     dropout: f64,
 }
@@ -172,9 +173,9 @@ impl Attention {
 }
 
 #[derive(Debug)]
-struct Mlp {
-    c_fc: Linear,
-    c_proj: Linear,
+pub(super) struct Mlp {
+    pub(super) c_fc: Linear,
+    pub(super) c_proj: Linear,
     dropout: f64,
 }
 
@@ -197,10 +198,10 @@ impl Mlp {
 /// One decoder block: attention, then feed-forward, each normalised before and added to the residual stream after.
 #[derive(Debug)]
 pub(super) struct Block {
-    ln_1: LayerNorm,
-    attn: Attention,
-    ln_2: LayerNorm,
-    mlp: Mlp,
+    pub(super) ln_1: LayerNorm,
+    pub(super) attn: Attention,
+    pub(super) ln_2: LayerNorm,
+    pub(super) mlp: Mlp,
 }
 
 impl Block {
@@ -211,6 +212,12 @@ impl Block {
             ln_2: LayerNorm::new(init, &(path / "ln_2"), config.d_model),
             mlp: Mlp::new(init, &(path / "mlp"), config),
         }
+    }
+
+    /// The weights of its products.
+    pub(super) fn weights(&mut self) -> [&mut Matrix; 4] {
+        let Self { attn, mlp, .. } = self;
+        [&mut attn.c_attn, &mut attn.c_proj, &mut mlp.c_fc, &mut mlp.c_proj].map(|layer| &mut layer.weight)
     }
 
     /// The stream after the block.

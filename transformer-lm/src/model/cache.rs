@@ -34,9 +34,10 @@ impl LayerCache {
         self.len as usize
     }
 
-    /// Tokens that there is room for.
-    pub(super) fn room(&self) -> usize {
-        self.keys.size()[2] as usize
+    /// B, H, room and hs.
+    pub(super) fn shape(&self) -> [usize; 4] {
+        let size = self.keys.size();
+        std::array::from_fn(|at| size[at] as usize)
     }
 
     /// All keys and values, (B, H, room, hs).

@@ -50,7 +50,7 @@ impl TransformerLM {
             return Err(Error::Config(format!("targets of {targets:?} for token ids of {ids:?}; expected the same")));
         }
         let hidden = self.hidden(input_ids, attention_mask, train)?; // (B, T, D)
-        self.head_sums(&hidden, &self.wte, targets, train, accuracy)
+        self.head_sums(&hidden, &self.wte.values, targets, train, accuracy)
     }
 
     /// Hidden states (B, T, D) against targets (B, T), by a head of weights (vocabulary, D); smoothed in training.

@@ -25,6 +25,7 @@ mod decode;
 pub mod fused;
 mod init;
 mod loss;
+mod matrix;
 mod positions;
 pub mod random;
 pub mod sampling;
@@ -37,7 +38,7 @@ use crate::{Error, Result};
 
 use block::{Attend, Block, LayerNorm, Stream, dropout};
 use init::Init;
-use step::StepWeights;
+use matrix::Matrix;
 
 pub use backward::Backward;
 pub use block::LAYER_NORM_EPS;
@@ -56,12 +57,12 @@ const STD: f64 = 0.02;
 /// `ln_f.weight`, each with its bias. Dense weights are stored (out, in), as torch's Linear does.
 #[derive(Debug)]
 pub struct TransformerLM {
-    wte: Tensor,
+    /// The embedding, which is also the head.
+    wte: Matrix,
     /// (max_seq_len, D); a parameter where positions are learned.
     wpe: Tensor,
     blocks: Vec<Block>,
     ln_f: LayerNorm,
-    step: StepWeights,
     config: ModelConfig,
     parameters: Vec<(String, Tensor)>,
 }
@@ -96,16 +97,14 @@ impl TransformerLM {
             crate::memory::check_room(weights.saturating_add(table.saturating_mul(size_of::<f64>())))?;
         }
         let d = config.d_model;
-        let wte = init.normal(&(vs / "wte"), "weight", &[config.vocab_size, d], STD);
+        let wte = Matrix::new(init.normal(&(vs / "wte"), "weight", &[config.vocab_size, d], STD));
         let wpe = match config.positions {
             Positions::Learned => init.normal(&(vs / "wpe"), "weight", &[config.max_seq_len, d], STD),
             Positions::Sinusoidal => positions::sinusoidal(config.max_seq_len, d, vs.kind(), vs.device()),
         };
         let blocks = (0..config.n_layers).map(|i| Block::new(&mut init, &(vs / "h" / i), config)).collect();
         let ln_f = LayerNorm::new(&mut init, &(vs / "ln_f"), d);
-        let parameters = init.parameters;
-        let step = StepWeights::new(config, &parameters, &wpe);
-        Ok(Self { wte, wpe, blocks, ln_f, step, config: config.clone(), parameters })
+        Ok(Self { wte, wpe, blocks, ln_f, config: config.clone(), parameters: init.parameters })
     }
 
     /// Keeps a second copy of the dense weights and the head's, rounded to bf16, from which the steps of a generation of few sequences are
@@ -114,7 +113,7 @@ impl TransformerLM {
     /// # Errors
     /// A model that is not on the CPU.
     pub fn narrow_weights(&mut self) -> Result<()> {
-        self.step.narrow()
+        self.blocks.iter_mut().flat_map(Block::weights).chain([&mut self.wte]).try_for_each(Matrix::narrow)
     }
 
     /// The shape it was made with.
@@ -134,12 +133,12 @@ impl TransformerLM {
 
     /// Where the parameters are.
     pub fn device(&self) -> Device {
-        self.wte.device()
+        self.wte.values.device()
     }
 
     /// The parameters' element type.
     pub fn kind(&self) -> Kind {
-        self.wte.kind()
+        self.wte.values.kind()
     }
 
     /// The logits (B, T, vocabulary) of `input_ids` (B, T), int64, and, where `labels` (B, T) are given, the mean loss
@@ -187,11 +186,11 @@ impl TransformerLM {
     /// # Errors
     /// As [`TransformerLM::hidden_cached`].
     pub fn next_logits(&self, input_ids: &Tensor, cache: &mut KvCache) -> Result<Vec<f32>> {
-        if self.step.serves(input_ids, cache) {
+        if self.serves_step(input_ids, cache) {
             let ids = Vec::<i64>::try_from(input_ids.view([-1]))?;
             let known = |id: i64| usize::try_from(id).ok().filter(|&id| id < self.config.vocab_size);
             let ids: Option<Vec<usize>> = ids.into_iter().map(known).collect();
-            return self.step.logits(&ids.ok_or_else(|| self.bad_ids(input_ids))?, cache);
+            return self.step(&ids.ok_or_else(|| self.bad_ids(input_ids))?, cache);
         }
         let hidden = self.hidden_cached(input_ids, cache)?; // (B, T, D)
         let logits = tch::no_grad(|| self.logits(&hidden.narrow(1, -1, 1))); // (B, 1, vocabulary)
@@ -219,7 +218,7 @@ impl TransformerLM {
 
     /// (B, T, D) to (B, T, vocabulary), by the embedding's weights.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear::<Tensor>(&self.wte, None)
+        hidden.linear::<Tensor>(&self.wte.values, None)
     }
 
     /// Tokens and positions from `start` on: (B, T) to (B, T, D).
@@ -230,7 +229,7 @@ impl TransformerLM {
             let text = format!("a sequence of {} tokens; this model sees at most {longest} (max_seq_len)", start + t);
             return Err(Error::Config(text));
         }
-        let tokens = fused::embedding(&self.wte, input_ids).map_err(|_| self.bad_ids(input_ids))?;
+        let tokens = fused::embedding(&self.wte.values, input_ids).map_err(|_| self.bad_ids(input_ids))?;
         let positions = self.wpe.narrow(0, start, t); // (T, D)
         Ok(dropout(tokens + positions, self.config.dropout, train))
     }

@@ -31,7 +31,7 @@ pub fn gelu(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     parallel_for(x.numel() / columns, GRAIN.div_ceil(columns), &|rows| {
         let range = rows.start * columns..rows.end * columns;
         // SAFETY: each range of `x` and `out` belongs to one thread.
-        unsafe { lm_kernels::bias_gelu(from.write(range.clone()), bias_values.read(0..columns), to.write(range)) };
+        unsafe { lm_kernels::bias_gelu(from.write(range.clone()), bias_values.all(), to.write(range)) };
     })?;
     let out = [out];
     differentiate(&[&x, bias], &out, move |grads| backward(&slopes, &grads[0], columns))?;

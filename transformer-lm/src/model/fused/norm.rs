@@ -104,7 +104,7 @@ fn normalise(rows: Tensor, norm: LayerNormOptions) -> Result<(Tensor, Saved)> {
         let range = rows.start * columns..rows.end * columns;
         // SAFETY: each range of `out` and of the moments is written by one thread, the others are only read.
         unsafe {
-            let (weight, bias) = (weight_values.read(0..columns), bias_values.read(0..columns));
+            let (weight, bias) = (weight_values.all(), bias_values.all());
             let norm = Norm { weight, bias, eps: norm.eps as f32 };
             let moments = kept.write(2 * rows.start..2 * rows.end).as_chunks_mut().0;
             lm_kernels::normalise(from.read(range.clone()), norm, to.write(range), moments);
@@ -132,7 +132,7 @@ impl Saved {
                 let given = Normalised {
                     rows: rows_of.read(range.clone()),
                     moments: moments.read(2 * rows.start..2 * rows.end).as_chunks().0,
-                    weight: weight.read(0..columns),
+                    weight: weight.all(),
                     grad: grad.read(range.clone()),
                 };
                 let direct = direct.as_ref().map(|direct| direct.read(range.clone()));

@@ -32,7 +32,7 @@ pub(super) fn sum_over_rows(
     })?;
     let total = Tensor::f_zeros([columns as i64], floats)?;
     // SAFETY: nobody else knows them.
-    unsafe { lm_kernels::add_columns(span.read(0..parts * columns), Span::of(&total).write(0..columns)) };
+    unsafe { lm_kernels::add_columns(span.all(), Span::of(&total).write(0..columns)) };
     Ok(total)
 }
 
@@ -62,6 +62,15 @@ impl Span {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: within the tensor's elements; the rest is the caller's promise.
         unsafe { std::slice::from_raw_parts(self.data.add(range.start), range.len()) }
+    }
+
+    /// All of the elements.
+    ///
+    /// # Safety
+    /// As for [`Span::read`].
+    pub(in crate::model) unsafe fn all(&self) -> &[f32] {
+        // SAFETY: the caller's promise.
+        unsafe { self.read(0..self.len) }
     }
 
     /// Some of the elements, to write to.
