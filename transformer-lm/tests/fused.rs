@@ -33,7 +33,8 @@ fn leaf(tensor: &Tensor, kind: Kind) -> Tensor {
     tensor.to_kind(kind).detach().copy().set_requires_grad(true)
 }
 
-/// Runs `function` of the inputs in both precisions, with the same gradient of the result, and compares results and gradients.
+/// Runs a function of the inputs in both precisions, with the same gradient of the result, and compares results and gradients; and its
+/// result where no gradient is wanted.
 fn agrees(inputs: &[Tensor], served: impl Fn(&[Tensor]) -> Tensor, plain: impl Fn(&[Tensor]) -> Tensor) {
     agrees_within(5e-6, inputs, served, plain);
 }
@@ -59,6 +60,9 @@ fn agrees_within(
         let error = distance(found, expected);
         assert!(error < tolerance, "result (0) or gradient of input {at}: {error}");
     }
+    let inputs: Vec<Tensor> = inputs.iter().map(|input| leaf(input, Kind::Float)).collect();
+    let error = distance(&tch::no_grad(|| served(&inputs)), &expected[0]);
+    assert!(error < tolerance, "result where no gradient is wanted: {error}");
 }
 
 /// Queries, keys and values beside each other, by plain products and a softmax.

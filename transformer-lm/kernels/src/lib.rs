@@ -11,14 +11,12 @@ mod exp;
 mod loss;
 mod norm;
 mod product;
-mod row;
 
 pub use activation::{bias_gelu, gelu, gelu_backward};
 pub use attention::{causal_softmax, causal_softmax_backward, causal_weights};
 pub use loss::{Loss, Target, cross_entropy};
-pub use norm::{ColumnSums, Moments, Norm, Normalised, add_columns, add_scaled, normalise, normalise_backward};
-pub use product::{Weight, multiply};
-pub use row::{add, layer_norm, weighted_sum};
+pub use norm::{ColumnSums, Moments, Norm, Normalised, add_rows, add_scaled, normalise, normalise_backward};
+pub use product::{Weight, multiply, weighted_sum};
 
 /// Partial results of a row that are kept side by side, so that a loop over it can use vectors.
 const LANES: usize = 16;

@@ -19,13 +19,13 @@ pub struct Norm<'a> {
 /// Mean and reciprocal standard deviation of each row, one after the other.
 pub type Moments = [f32; 2];
 
-/// `out = normalised(rows) · weight + bias`.
+/// `out = normalised(rows) · weight + bias`, and the rows' moments, where somebody wants them.
 ///
 /// # Panics
 /// If the shapes do not fit; so below.
-pub fn normalise(rows: &[f32], norm: Norm, out: &mut [f32], moments: &mut [Moments]) {
+pub fn normalise(rows: &[f32], norm: Norm, out: &mut [f32], moments: Option<&mut [Moments]>) {
     let columns = norm.weight.len();
-    check(columns, [rows.len(), out.len(), moments.len() * columns]);
+    check(columns, [rows.len(), out.len(), moments.as_ref().map_or(out.len(), |moments| moments.len() * columns)]);
     assert_eq!(norm.bias.len(), columns);
     dispatch(Normalise { rows, norm, out, moments });
 }
@@ -62,10 +62,10 @@ pub fn normalise_backward(given: Normalised, direct: Option<&[f32]>, out: &mut [
     dispatch(Backward { given, direct, out, sums });
 }
 
-/// Adds each column's sum to `sums`.
-pub fn add_columns(rows: &[f32], sums: &mut [f32]) {
-    check(sums.len(), [rows.len(); 3]);
-    dispatch(Columns { rows, sums });
+/// Adds each of the rows, which are as long as `sum`, to it.
+pub fn add_rows(rows: &[f32], sum: &mut [f32]) {
+    check(sum.len(), [rows.len(); 3]);
+    dispatch(AddRows { rows, sum });
 }
 
 /// `sum += factor · values`.
@@ -82,22 +82,24 @@ struct Normalise<'a> {
     rows: &'a [f32],
     norm: Norm<'a>,
     out: &'a mut [f32],
-    moments: &'a mut [Moments],
+    moments: Option<&'a mut [Moments]>,
 }
 
 impl Kernel for Normalise<'_> {
     #[inline(always)]
-    fn run<I: Isa>(self) {
+    fn run<I: Isa>(mut self) {
         let Norm { weight, bias, eps } = self.norm;
         let columns = weight.len();
         let bias = &bias[..columns];
         let share = 1.0 / columns as f32;
         let rows = self.rows.chunks_exact(columns).zip(self.out.chunks_exact_mut(columns));
-        for ((row, out), moments) in rows.zip(self.moments) {
+        for (at, (row, out)) in rows.enumerate() {
             let mean = fold(row, 0.0, |value| value, |a, b| a + b) * share;
             let variance = fold(row, 0.0, |value| (value - mean) * (value - mean), |a, b| a + b) * share;
             let scale = 1.0 / (variance + eps).sqrt();
-            *moments = [mean, scale];
+            if let Some(moments) = &mut self.moments {
+                moments[at] = [mean, scale];
+            }
             for i in 0..columns {
                 out[i] = (row[i] - mean) * scale * weight[i] + bias[i];
             }
@@ -165,16 +167,16 @@ fn projections(row: &[f32], grad: &[f32], weight: &[f32], mean: f32, scale: f32)
     (sums.into_iter().sum(), products.into_iter().sum())
 }
 
-struct Columns<'a> {
+struct AddRows<'a> {
     rows: &'a [f32],
-    sums: &'a mut [f32],
+    sum: &'a mut [f32],
 }
 
-impl Kernel for Columns<'_> {
+impl Kernel for AddRows<'_> {
     #[inline(always)]
     fn run<I: Isa>(self) {
-        for row in self.rows.chunks_exact(self.sums.len()) {
-            for (sum, value) in self.sums.iter_mut().zip(row) {
+        for row in self.rows.chunks_exact(self.sum.len()) {
+            for (sum, value) in self.sum.iter_mut().zip(row) {
                 *sum += value;
             }
         }
@@ -203,6 +205,31 @@ mod tests {
     use hvd_kernels::simd::dispatch_at;
 
     #[test]
+    fn a_normal_row_has_no_mean_and_a_variance_of_one() {
+        let rows = numbers(2 * 37);
+        let normal = |weight: f32, bias: f32| {
+            let mut out = vec![0.0; 2 * 37];
+            normalise(&rows, Norm { weight: &[weight; 37], bias: &[bias; 37], eps: 0.0 }, &mut out, None);
+            out
+        };
+        let plain = normal(1.0, 0.0);
+        let mean = |values: &[f32]| values.iter().map(|&value| f64::from(value)).sum::<f64>() / values.len() as f64;
+        for row in plain.chunks(37) {
+            let squares: Vec<f32> = row.iter().map(|value| value * value).collect();
+            assert!(mean(row).abs() < 1e-6 && (mean(&squares) - 1.0).abs() < 1e-6);
+        }
+        let moved = normal(3.0, 0.5);
+        assert!(plain.iter().zip(&moved).all(|(plain, moved)| (plain * 3.0 + 0.5 - moved).abs() < 1e-5));
+    }
+
+    #[test]
+    fn rows_are_added() {
+        let mut sum = [9.0, 8.0];
+        add_rows(&[1.0, 2.0, 10.0, 20.0], &mut sum);
+        assert_eq!(sum, [20.0, 30.0]);
+    }
+
+    #[test]
     fn every_instruction_set_gives_the_same_bits() {
         const COLUMNS: usize = 53;
         let all = numbers(11 * COLUMNS);
@@ -214,12 +241,12 @@ mod tests {
             let (mut out, mut grad) = (vec![0.0; 3 * COLUMNS], vec![0.0; 3 * COLUMNS]);
             let mut moments = vec![Moments::default(); 3];
             let norm = Norm { weight, bias, eps: 1e-5 };
-            dispatch_at(level, Normalise { rows, norm, out: &mut out, moments: &mut moments });
+            dispatch_at(level, Normalise { rows, norm, out: &mut out, moments: Some(&mut moments) });
             let [mut of_weight, mut of_bias, mut of_rows, mut columns] = [(); 4].map(|()| vec![0.5; COLUMNS]);
             let sums = ColumnSums { weight: &mut of_weight, bias: &mut of_bias, rows: &mut of_rows };
             let given = Normalised { rows, moments: &moments, weight, grad: incoming };
             dispatch_at(level, Backward { given, direct: Some(direct), out: &mut grad, sums });
-            dispatch_at(level, Columns { rows: &out, sums: &mut columns });
+            dispatch_at(level, AddRows { rows: &out, sum: &mut columns });
             dispatch_at(level, AddScaled { values: rows, factor: 0.3, sum: &mut out });
             [out, moments.concat(), grad, of_weight, of_bias, of_rows, columns].concat()
         });

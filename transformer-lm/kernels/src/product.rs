@@ -1,7 +1,8 @@
-//! Products of a matrix with few vectors, which cost what it costs to read the matrix: it may be kept in 16 bits.
+//! Products of a matrix with few vectors, which cost what it costs to read the matrix: it may be kept in 16 bits. And sums of its rows.
 
 use half::bf16;
 
+use super::norm::AddScaled;
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 use hvd_kernels::wire::widen_bf16;
 
@@ -43,6 +44,15 @@ pub fn multiply<W: Weight>(rows: &[W], vectors: &[f32], width: usize, products: 
     dispatch(Multiply { rows, vectors, width, products });
 }
 
+/// `out = Σᵢ weights[i] · rows[i]`, where a row is as long as `out`.
+///
+/// # Panics
+/// If there are not as many rows as weights.
+pub fn weighted_sum(rows: &[f32], weights: &[f32], out: &mut [f32]) {
+    assert!(!out.is_empty() && rows.len() == weights.len() * out.len());
+    dispatch(WeightedSum { rows, weights, out });
+}
+
 struct Multiply<'a, 'b, W> {
     rows: &'a [W],
     vectors: &'a [f32],
@@ -57,6 +67,22 @@ impl<W: Weight> Kernel for Multiply<'_, '_, W> {
             for (vector, product) in self.vectors.chunks_exact(self.width).zip(self.products.iter_mut()) {
                 product[r] = dot(row, vector);
             }
+        }
+    }
+}
+
+struct WeightedSum<'a> {
+    rows: &'a [f32],
+    weights: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for WeightedSum<'_> {
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        self.out.fill(0.0);
+        for (row, weight) in self.rows.chunks_exact(self.out.len()).zip(self.weights) {
+            AddScaled { values: row, factor: *weight, sum: self.out }.run::<I>();
         }
     }
 }
@@ -86,6 +112,7 @@ fn dot<W: Weight>(row: &[W], vector: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::{check_levels, numbers};
     use super::*;
     use hvd_kernels::simd::{Level, dispatch_at};
 
@@ -127,6 +154,19 @@ mod tests {
             products.into_iter().map(f32::to_bits).collect::<Vec<_>>()
         };
         assert!(Level::available().all(|level| bits(level) == bits(Level::Baseline)));
+    }
+
+    #[test]
+    fn sums_of_rows_are_weighted_with_the_same_bits_at_every_level() {
+        let mut out = [9.0; 3];
+        weighted_sum(&[1.0, 2.0, 3.0, 10.0, 20.0, 30.0], &[2.0, 0.5], &mut out);
+        assert_eq!(out, [7.0, 14.0, 21.0]);
+        let (rows, weights) = (numbers(5 * 203), numbers(5));
+        check_levels(|level| {
+            let mut sum = vec![0.0; 203];
+            dispatch_at(level, WeightedSum { rows: &rows, weights: &weights, out: &mut sum });
+            sum
+        });
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //!
 //! Letters in comments: `B` sequences, `D` width, `H` heads, `hs` width of a head, `F` feed-forward width, `S` tokens seen.
 
-use lm_kernels::{add, causal_softmax, gelu, layer_norm, multiply, weighted_sum};
+use lm_kernels::{Norm, add_rows, causal_softmax, gelu, multiply, normalise, weighted_sum};
 use tch::Tensor;
 
 use super::TransformerLM;
@@ -44,7 +44,7 @@ impl TransformerLM {
         // SAFETY: nobody changes weights while the model is borrowed for generation; so below.
         let (tokens, positions) = unsafe { (tokens.all(), positions.all()) };
         let mut x: Vec<f32> = ids.iter().flat_map(|id| &tokens[id * d..][..d]).copied().collect();
-        x.chunks_exact_mut(d).for_each(|x| add(x, &positions[position * d..][..d]));
+        x.chunks_exact_mut(d).for_each(|x| add_rows(&positions[position * d..][..d], x));
         x
     }
 }
@@ -52,10 +52,8 @@ impl TransformerLM {
 impl Block {
     /// The residual stream `x` (B, D) becomes what it is after the block.
     fn step(&self, x: &mut [f32], cache: &mut LayerCache) -> Result<()> {
-        let attended = self.attn.step(&self.ln_1.step(x), cache)?;
-        add(x, &attended);
-        let fed = self.mlp.step(&self.ln_2.step(x))?;
-        add(x, &fed);
+        add_rows(&self.attn.step(&self.ln_1.step(x), cache)?, x);
+        add_rows(&self.mlp.step(&self.ln_2.step(x))?, x);
         Ok(())
     }
 }
@@ -83,9 +81,7 @@ impl LayerNorm {
         // SAFETY: as above.
         let (weight, bias) = unsafe { (weight.all(), bias.all()) };
         let mut out = vec![0.0; x.len()];
-        for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
-            layer_norm(x, weight, bias, LAYER_NORM_EPS as f32, out);
-        }
+        normalise(x, Norm { weight, bias, eps: LAYER_NORM_EPS as f32 }, &mut out, None);
         out
     }
 }
@@ -97,7 +93,7 @@ impl Linear {
         let bias = Span::of(&self.bias);
         // SAFETY: as above.
         let bias = unsafe { bias.all() };
-        products.chunks_exact_mut(bias.len()).for_each(|product| add(product, bias));
+        products.chunks_exact_mut(bias.len()).for_each(|product| add_rows(bias, product));
         Ok(products)
     }
 }

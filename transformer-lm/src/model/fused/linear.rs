@@ -128,7 +128,7 @@ fn sum_rows(grad: &Tensor) -> hvd_torch::Result<Tensor> {
     let values = Span::of(grad);
     sum_over_rows(grad.numel() / columns, columns, &|rows, sums| {
         // SAFETY: the gradient is only read.
-        lm_kernels::add_columns(unsafe { values.read(rows.start * columns..rows.end * columns) }, sums);
+        lm_kernels::add_rows(unsafe { values.read(rows.start * columns..rows.end * columns) }, sums);
     })
 }
 
@@ -162,7 +162,7 @@ fn add_to_rows(sum: &Tensor, ids: &[i64], rows: &Tensor) -> hvd_torch::Result<()
         for (row, id) in ids.iter().enumerate() {
             let place = |row: usize| row * columns + part.start..row * columns + part.end;
             // SAFETY: a column is written by one thread; `rows` is only read.
-            unsafe { lm_kernels::add_columns(from.read(place(row)), into.write(place(*id as usize))) };
+            unsafe { lm_kernels::add_rows(from.read(place(row)), into.write(place(*id as usize))) };
         }
     })
 }

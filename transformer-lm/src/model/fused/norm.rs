@@ -1,6 +1,6 @@
 //! Layer normalisation of a residual stream, to which what the part before gives is added by the product that makes it.
 
-use hvd_torch::autograd::differentiate;
+use hvd_torch::autograd::{differentiate, wanted};
 use hvd_torch::parallel_for;
 use lm_kernels::{ColumnSums, Norm, Normalised};
 use tch::{Kind, Tensor};
@@ -40,12 +40,15 @@ pub fn layer_norm(x: &Tensor, norm: LayerNormOptions) -> Result<Tensor> {
         let width = x.size().last().copied().unwrap_or(1);
         return Ok(x.f_layer_norm([width], Some(norm.weight), Some(norm.bias), norm.eps, true)?);
     }
-    let (out, saved) = normalise(x.detach(), norm)?;
+    let inputs = [x, norm.weight, norm.bias];
+    let (out, saved) = normalise(x.detach(), norm, wanted(inputs))?;
     let out = [out];
-    differentiate(&[x, norm.weight, norm.bias], &out, move |grads| {
-        let (grad, [of_weight, of_bias, _]) = saved.backward(&grads[0], None)?;
-        Ok(vec![grad, of_weight, of_bias])
-    })?;
+    if let Some(saved) = saved {
+        differentiate(&inputs, &out, move |grads| {
+            let (grad, [of_weight, of_bias, _]) = saved.backward(&grads[0], None)?;
+            Ok(vec![grad, of_weight, of_bias])
+        })?;
+    }
     let [out] = out;
     Ok(out)
 }
@@ -67,15 +70,17 @@ pub fn add_linear_norm(
     }
     let (kept, input) = (Weight::of(layer.weight), x.detach());
     let sum = add_product(residual, &input, &kept, layer.bias)?;
-    // What backward keeps must not hold the result's node, which holds it.
-    let (out, saved) = normalise(sum.detach(), norm)?;
-    let results = [sum, out];
     let inputs = [residual, x, layer.weight, layer.bias, norm.weight, norm.bias];
-    differentiate(&inputs, &results, move |grads| {
-        let (grad, [of_scale, of_shift, of_bias]) = saved.backward(&grads[1], Some(&grads[0]))?;
-        let [of_x, of_weight] = linear_backward(&grad, &input, &kept)?;
-        Ok(vec![grad, of_x, of_weight, of_bias, of_scale, of_shift])
-    })?;
+    // What backward keeps must not hold the result's node, which holds it.
+    let (out, saved) = normalise(sum.detach(), norm, wanted(inputs))?;
+    let results = [sum, out];
+    if let Some(saved) = saved {
+        differentiate(&inputs, &results, move |grads| {
+            let (grad, [of_scale, of_shift, of_bias]) = saved.backward(&grads[1], Some(&grads[0]))?;
+            let [of_x, of_weight] = linear_backward(&grad, &input, &kept)?;
+            Ok(vec![grad, of_x, of_weight, of_bias, of_scale, of_shift])
+        })?;
+    }
     let [sum, out] = results;
     Ok((sum, out))
 }
@@ -88,8 +93,8 @@ struct Saved {
     weight: Tensor,
 }
 
-/// The normalised rows.
-fn normalise(rows: Tensor, norm: LayerNormOptions) -> Result<(Tensor, Saved)> {
+/// The normalised rows, and what a backward pass needs, where there will be one.
+fn normalise(rows: Tensor, norm: LayerNormOptions, wanted: bool) -> Result<(Tensor, Option<Saved>)> {
     let (weight, bias) = (norm.weight.detach(), norm.bias.detach());
     if !is_vector(&weight, &rows) || !is_vector(&bias, &rows) {
         return Err(Error::Config(format!("a normalisation of {rows:?} by {weight:?} and {bias:?}")));
@@ -97,8 +102,8 @@ fn normalise(rows: Tensor, norm: LayerNormOptions) -> Result<(Tensor, Saved)> {
     let columns = weight.numel();
     let count = rows.numel() / columns;
     let out = rows.f_empty_like()?;
-    let moments = Tensor::f_empty([count as i64, 2], (Kind::Float, rows.device()))?;
-    let (from, to, kept) = (Span::of(&rows), Span::of(&out), Span::of(&moments));
+    let moments = wanted.then(|| Tensor::f_empty([count as i64, 2], (Kind::Float, rows.device()))).transpose()?;
+    let (from, to, kept) = (Span::of(&rows), Span::of(&out), moments.as_ref().map(Span::of));
     let (weight_values, bias_values) = (Span::of(&weight), Span::of(&bias));
     parallel_for(count, GRAIN, &|rows| {
         let range = rows.start * columns..rows.end * columns;
@@ -106,11 +111,11 @@ fn normalise(rows: Tensor, norm: LayerNormOptions) -> Result<(Tensor, Saved)> {
         unsafe {
             let (weight, bias) = (weight_values.all(), bias_values.all());
             let norm = Norm { weight, bias, eps: norm.eps as f32 };
-            let moments = kept.write(2 * rows.start..2 * rows.end).as_chunks_mut().0;
+            let moments = kept.as_ref().map(|kept| kept.write(2 * rows.start..2 * rows.end).as_chunks_mut().0);
             lm_kernels::normalise(from.read(range.clone()), norm, to.write(range), moments);
         }
     })?;
-    Ok((out, Saved { rows, moments, weight }))
+    Ok((out, moments.map(|moments| Saved { rows, moments, weight })))
 }
 
 impl Saved {

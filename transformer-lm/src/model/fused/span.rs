@@ -32,7 +32,7 @@ pub(super) fn sum_over_rows(
     })?;
     let total = Tensor::f_zeros([columns as i64], floats)?;
     // SAFETY: nobody else knows them.
-    unsafe { lm_kernels::add_columns(span.all(), Span::of(&total).write(0..columns)) };
+    unsafe { lm_kernels::add_rows(span.all(), Span::of(&total).write(0..columns)) };
     Ok(total)
 }
 
