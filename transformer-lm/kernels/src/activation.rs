@@ -9,20 +9,20 @@ use hvd_kernels::simd::{Isa, Kernel, dispatch};
 const TWICE_ROOT: f32 = 1.595_769;
 const CUBE: f32 = 0.044_715;
 
-/// `out = gelu(x)`.
+/// `x` becomes `gelu(x + bias)`, row by row, where a row is as long as `bias`; and `slopes`, where somebody wants them, the slopes there,
+/// which is all that [`gelu_backward`] needs.
 ///
 /// # Panics
 /// If the shapes do not fit; so below.
-pub fn gelu(x: &[f32], out: &mut [f32]) {
-    assert_eq!(x.len(), out.len());
-    dispatch(Plain { x, out });
-}
-
-/// `out = gelu(x + bias)`, row by row, where a row is as long as `bias`; `x` becomes the slopes there, which is all that
-/// [`gelu_backward`] needs.
-pub fn bias_gelu(x: &mut [f32], bias: &[f32], out: &mut [f32]) {
-    assert!(!bias.is_empty() && x.len() == out.len() && x.len().is_multiple_of(bias.len()));
-    dispatch(Forward { x, bias, out });
+pub fn bias_gelu(x: &mut [f32], bias: &[f32], slopes: Option<&mut [f32]>) {
+    assert!(!bias.is_empty() && x.len().is_multiple_of(bias.len()));
+    match slopes {
+        Some(slopes) => {
+            assert_eq!(x.len(), slopes.len());
+            dispatch(Forward::<true> { x, bias, slopes });
+        }
+        None => dispatch(Forward::<false> { x, bias, slopes: &mut [] }),
+    }
 }
 
 /// `out = grad · slopes`, and each column's sum is added to `sums`.
@@ -32,37 +32,27 @@ pub fn gelu_backward(slopes: &[f32], grad: &[f32], out: &mut [f32], sums: &mut [
     dispatch(Backward { slopes, grad, out, sums });
 }
 
-struct Plain<'a> {
-    x: &'a [f32],
-    out: &'a mut [f32],
-}
-
-impl Kernel for Plain<'_> {
-    #[inline(always)]
-    fn run<I: Isa>(self) {
-        for (out, &x) in self.out.iter_mut().zip(self.x) {
-            *out = x * gate(x);
-        }
-    }
-}
-
-struct Forward<'a> {
+struct Forward<'a, const SLOPES: bool> {
     x: &'a mut [f32],
     bias: &'a [f32],
-    out: &'a mut [f32],
+    /// Empty where they are not wanted.
+    slopes: &'a mut [f32],
 }
 
-impl Kernel for Forward<'_> {
+impl<const SLOPES: bool> Kernel for Forward<'_, SLOPES> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let columns = self.bias.len();
-        for (row, out) in self.x.chunks_exact_mut(columns).zip(self.out.chunks_exact_mut(columns)) {
-            for ((x, bias), out) in row.iter_mut().zip(self.bias).zip(out) {
-                let value = *x + bias;
+        for (at, row) in self.x.chunks_exact_mut(columns).enumerate() {
+            let slopes = if SLOPES { &mut self.slopes[at * columns..][..columns] } else { &mut [] };
+            for i in 0..columns {
+                let value = row[i] + self.bias[i];
                 let gate = gate(value);
-                let slope = TWICE_ROOT * (1.0 + 3.0 * CUBE * (value * value)); // of 2u
-                *out = value * gate;
-                *x = gate + value * (gate * (1.0 - gate)) * slope;
+                row[i] = value * gate;
+                if SLOPES {
+                    let slope = TWICE_ROOT * (1.0 + 3.0 * CUBE * (value * value)); // of 2u
+                    slopes[i] = gate + value * (gate * (1.0 - gate)) * slope;
+                }
             }
         }
     }
@@ -105,13 +95,13 @@ mod tests {
     fn every_instruction_set_gives_the_same_bits() {
         let (given, bias, grad) = (numbers(203), numbers(29), vec![0.7; 203]);
         check_levels(|level| {
-            let (mut x, mut values, mut grads, mut sums) =
-                (given.clone(), vec![0.0; 203], vec![0.0; 203], bias.clone());
-            dispatch_at(level, Forward { x: &mut x, bias: &bias, out: &mut values });
-            dispatch_at(level, Backward { slopes: &x, grad: &grad, out: &mut grads, sums: &mut sums });
-            let mut plain = vec![0.0; 203];
-            dispatch_at(level, Plain { x: &given, out: &mut plain });
-            [x, values, grads, sums, plain].concat()
+            let (mut x, mut alone, mut sums) = (given.clone(), given.clone(), bias.clone());
+            let [mut slopes, mut grads] = [(); 2].map(|()| vec![0.0; 203]);
+            dispatch_at(level, Forward::<true> { x: &mut x, bias: &bias, slopes: &mut slopes });
+            dispatch_at(level, Forward::<false> { x: &mut alone, bias: &bias, slopes: &mut [] });
+            assert_eq!(x, alone);
+            dispatch_at(level, Backward { slopes: &slopes, grad: &grad, out: &mut grads, sums: &mut sums });
+            [x, slopes, grads, sums].concat()
         });
     }
 }

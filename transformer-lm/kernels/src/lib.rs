@@ -12,7 +12,7 @@ mod loss;
 mod norm;
 mod product;
 
-pub use activation::{bias_gelu, gelu, gelu_backward};
+pub use activation::{bias_gelu, gelu_backward};
 pub use attention::{causal_softmax, causal_softmax_backward, causal_weights};
 pub use loss::{Loss, Target, cross_entropy};
 pub use norm::{ColumnSums, Moments, Norm, Normalised, add_rows, add_scaled, normalise, normalise_backward};

@@ -1,4 +1,5 @@
-//! Products of a matrix with few vectors, which cost what it costs to read the matrix: it may be kept in 16 bits. And sums of its rows.
+//! Products of a matrix with few vectors, from either side. They cost what it costs to read the matrix, which [`multiply`] takes in 16 bits
+//! too.
 
 use half::bf16;
 

@@ -3,7 +3,7 @@
 //!
 //! Letters in comments: `B` sequences, `D` width, `H` heads, `hs` width of a head, `F` feed-forward width, `S` tokens seen.
 
-use lm_kernels::{Norm, add_rows, causal_softmax, gelu, multiply, normalise, weighted_sum};
+use lm_kernels::{Norm, add_rows, bias_gelu, causal_softmax, multiply, normalise, weighted_sum};
 use tch::Tensor;
 
 use super::TransformerLM;
@@ -67,10 +67,11 @@ impl Attention {
 
 impl Mlp {
     fn step(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let hidden = self.c_fc.step(x)?; // (B, F)
-        let mut active = vec![0.0; hidden.len()];
-        gelu(&hidden, &mut active);
-        self.c_proj.step(&active)
+        let mut hidden = self.c_fc.weight.product(x)?; // (B, F)
+        let bias = Span::of(&self.c_fc.bias);
+        // SAFETY: as above.
+        bias_gelu(&mut hidden, unsafe { bias.all() }, None);
+        self.c_proj.step(&hidden)
     }
 }
 

@@ -1,6 +1,6 @@
 //! GELU.
 
-use hvd_torch::autograd::differentiate;
+use hvd_torch::autograd::{differentiate, wanted};
 use hvd_torch::parallel_for;
 use tch::Tensor;
 
@@ -11,8 +11,8 @@ use crate::{Error, Result};
 /// Elements that are worth a thread.
 const GRAIN: usize = 1 << 13;
 
-/// GELU in its tanh form, of every element of `x + bias`, where the bias has an element for each of the last dimension. The elements of
-/// `x` may be overwritten: nobody else may need them.
+/// GELU in its tanh form, of every element of `x + bias`, where the bias has an element for each of the last dimension. The result may
+/// take the place of the elements of `x`: nobody else may need them.
 ///
 /// # Errors
 /// A bias of another length; if torch fails.
@@ -25,16 +25,22 @@ pub fn gelu(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         return Err(Error::Config(format!("GELU of {x:?} with a bias of {bias:?}")));
     }
     let columns = bias.numel();
-    let slopes = x.detach(); // what backward keeps; until then the elements of `x`
-    let out = slopes.f_empty_like()?;
-    let (from, bias_values, to) = (Span::of(&slopes), Span::of(&bias.detach()), Span::of(&out));
+    let inputs = [&x, bias];
+    let out = [x.detach()];
+    let slopes = wanted(inputs).then(|| out[0].f_empty_like()).transpose()?;
+    let (values, bias_values) = (Span::of(&out[0]), Span::of(&bias.detach()));
+    let kept = slopes.as_ref().map(Span::of);
     parallel_for(x.numel() / columns, GRAIN.div_ceil(columns), &|rows| {
         let range = rows.start * columns..rows.end * columns;
-        // SAFETY: each range of `x` and `out` belongs to one thread.
-        unsafe { lm_kernels::bias_gelu(from.write(range.clone()), bias_values.all(), to.write(range)) };
+        // SAFETY: each range of the values and the slopes belongs to one thread; the bias is only read.
+        unsafe {
+            let slopes = kept.as_ref().map(|kept| kept.write(range.clone()));
+            lm_kernels::bias_gelu(values.write(range), bias_values.all(), slopes);
+        }
     })?;
-    let out = [out];
-    differentiate(&[&x, bias], &out, move |grads| backward(&slopes, &grads[0], columns))?;
+    if let Some(slopes) = slopes {
+        differentiate(&inputs, &out, move |grads| backward(&slopes, &grads[0], columns))?;
+    }
     let [out] = out;
     Ok(out)
 }
