@@ -53,30 +53,16 @@ impl TransformerLM {
 
     fn backward_recomputing(&self, batch: &Tensor, how: &Backward, forward_done: impl FnOnce()) -> Result<LossSums> {
         let (input_ids, targets) = shifted(batch)?;
-        let dropout = DropoutSeed::draw(self.config().dropout);
-        let embed = || {
-            dropout.set(0);
-            self.cast(how, || self.embed(&input_ids, 0, true))
-        };
-        let block = |layer: usize, x: &Tensor| {
-            dropout.set(layer as u64 + 1);
-            let stream = Stream::new(x.shallow_clone());
-            self.cast(how, || self.blocks[layer].forward(stream, &Attend::Causal, None, true)?.sum())
-        };
-
-        let mut inputs = vec![tch::no_grad(embed)?]; // of each block, and of the head: (B, T, D)
-        for layer in 0..self.blocks.len() {
-            inputs.push(tch::no_grad(|| block(layer, &inputs[layer]))?);
-        }
+        let parts = Parts { model: self, how, input_ids, dropout: DropoutSeed::draw(self.config().dropout) };
+        let mut inputs = tch::no_grad(|| parts.inputs())?;
 
         // The embedding's weights are used at both ends, but a gradient may arrive only once for each parameter, as its
         // hook counts them: what the head adds is collected apart.
-        let x = leaf(&inputs[self.blocks.len()]);
-        let wte = leaf(&self.wte.values);
-        let head = || {
-            self.head_sums(&self.ln_f.forward(Stream::new(x.shallow_clone()))?.1, &wte, &targets, true, how.accuracy)
-        };
-        let sums = self.cast(how, head)?;
+        let (x, wte) = (leaf(&inputs[self.blocks.len()]), leaf(&self.wte.values));
+        let sums = self.cast(how, || {
+            let (_, hidden) = self.ln_f.forward(Stream::new(x.shallow_clone()))?;
+            self.head_sums(&hidden, &wte, &targets, true, how.accuracy)
+        })?;
         forward_done();
         (&sums.loss * how.factor).f_backward()?;
 
@@ -84,14 +70,14 @@ impl TransformerLM {
         for layer in (0..self.blocks.len()).rev() {
             let x = leaf(&inputs[layer]);
             inputs.truncate(layer);
-            autograd::backward(&[(&block(layer, &x)?, Some(&gradient))], false)?;
+            autograd::backward(&[(&parts.block(layer, &x)?, Some(&gradient))], false)?;
             gradient = x.f_grad()?;
         }
         autograd::accumulate(&self.wte.values, |mut sum| {
             let _ = sum.f_add_(&wte.f_grad()?)?;
             Ok(())
         })?;
-        autograd::backward(&[(&embed()?, Some(&gradient))], false)?;
+        autograd::backward(&[(&parts.embed()?, Some(&gradient))], false)?;
         Ok(sums)
     }
 
@@ -99,6 +85,37 @@ impl TransformerLM {
     fn cast<T>(&self, how: &Backward, forward: impl FnOnce() -> Result<T>) -> Result<T> {
         let _guard = how.autocast.map(|kind| Autocast::enter(self.device(), kind)).transpose()?;
         forward()
+    }
+}
+
+/// The parts of a forward pass before its head, each of which can be computed again.
+struct Parts<'a> {
+    model: &'a TransformerLM,
+    how: &'a Backward,
+    input_ids: Tensor,
+    dropout: DropoutSeed,
+}
+
+impl Parts<'_> {
+    fn embed(&self) -> Result<Tensor> {
+        self.dropout.set(0);
+        self.model.cast(self.how, || self.model.embed(&self.input_ids, 0, true))
+    }
+
+    /// The residual stream after a block, (B, T, D), of that before it.
+    fn block(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
+        self.dropout.set(layer as u64 + 1);
+        let stream = Stream::new(x.shallow_clone());
+        self.model.cast(self.how, || self.model.blocks[layer].forward(stream, &Attend::Causal, None, true)?.sum())
+    }
+
+    /// What goes into each block, and into the head: (B, T, D).
+    fn inputs(&self) -> Result<Vec<Tensor>> {
+        let mut inputs = vec![self.embed()?];
+        for layer in 0..self.model.blocks.len() {
+            inputs.push(self.block(layer, &inputs[layer])?);
+        }
+        Ok(inputs)
     }
 }
 

@@ -55,7 +55,7 @@ impl TransformerLM {
         Ok(Generation {
             model: self,
             cache: KvCache::new(self.config(), b, room, self.kind(), self.device()),
-            history: rows_of(input_ids)?,
+            history: Vec::<Vec<i64>>::try_from(input_ids)?,
             pending: window,
             generators: (0..b as u64).map(|row| Generator::new(params.seed, row)).collect(),
             ended: vec![false; b as usize],
@@ -130,8 +130,4 @@ impl Generation<'_> {
         let rows = self.history.len() as i64;
         self.pending = Tensor::from_slice(&tokens).view([rows, keep as i64]).to_device(self.model.device());
     }
-}
-
-fn rows_of(ids: &Tensor) -> Result<Vec<Vec<i64>>> {
-    Ok(Vec::<Vec<i64>>::try_from(ids)?)
 }

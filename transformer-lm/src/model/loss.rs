@@ -62,8 +62,8 @@ impl TransformerLM {
         train: bool,
         accuracy: bool,
     ) -> Result<LossSums> {
-        let smoothing = if train { self.config().label_smoothing } else { 0.0 };
-        let options = HeadOptions { smoothing, ignore_index: IGNORE_INDEX, count_correct: accuracy };
+        let options =
+            HeadOptions { smoothing: self.smoothing(train), ignore_index: IGNORE_INDEX, count_correct: accuracy };
         let (rows, targets) = (hidden.reshape([-1, self.config().d_model as i64]), targets.reshape([-1])); // (B·T, D), (B·T)
         match linear_cross_entropy(&rows, wte, &targets, options)? {
             Some(HeadLoss { loss, correct }) => {
@@ -74,6 +74,10 @@ impl TransformerLM {
                 self.sums(&rows.linear::<Tensor>(wte, None), &targets, train, accuracy)
             }
         }
+    }
+
+    fn smoothing(&self, train: bool) -> f64 {
+        if train { self.config().label_smoothing } else { 0.0 }
     }
 
     fn check_targets(&self, targets: &Tensor) -> Result<()> {
@@ -101,9 +105,8 @@ impl TransformerLM {
         let logits = logits.reshape([-1, self.config().vocab_size as i64]); // (B·T, vocabulary)
         let logits = if logits.kind() == Kind::Double { logits } else { logits.to_kind(Kind::Float) };
         let targets = targets.reshape([-1]); // (B·T)
-        let smoothing = if train { self.config().label_smoothing } else { 0.0 };
         let loss = logits
-            .f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, IGNORE_INDEX, smoothing)
+            .f_cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, IGNORE_INDEX, self.smoothing(train))
             .map_err(|_| self.bad_ids(&targets))?;
         let tokens = valid(&targets);
         let correct = accuracy.then(|| tch::no_grad(|| logits.argmax(1, false).eq_tensor(&targets).sum(Kind::Int64)));

@@ -22,7 +22,7 @@ use hvd_torch::Autocast;
 use tch::{Device, Kind, Tensor};
 
 /// Whether functions of `x`, on this thread, are those here: where they are torch's, they are best left whole.
-pub fn is_quick(x: &Tensor) -> bool {
+pub(super) fn is_quick(x: &Tensor) -> bool {
     is_served(x) && !Autocast::is_on(Device::Cpu)
 }
 
