@@ -26,6 +26,7 @@ pub mod memory;
 pub mod metrics;
 pub mod model;
 pub mod report;
+mod stdout;
 pub mod trainer;
 
 pub use checkpoint::{load_checkpoint, save_checkpoint};

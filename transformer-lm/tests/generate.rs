@@ -146,12 +146,17 @@ fn the_loop_reads_lines_from_a_pipe() {
     assert!(!text.contains("never") && !text.contains('\u{1b}'));
 }
 
-/// A conversation whose settings are kept beside the checkpoint.
-fn terminal(checkpoint: &Path, args: &[&str]) -> PtySession {
+/// A conversation whose settings are kept beside the checkpoint, before its first line.
+fn begun(checkpoint: &Path, args: &[&str]) -> PtySession {
     let mut command = command(checkpoint);
     command.arg("--interactive").args(args);
     command.env("TERM", "xterm").env("XDG_CONFIG_HOME", checkpoint.with_file_name("settings"));
-    let mut session = rexpect::session::spawn_command(command, Some(WATCHDOG_MS)).unwrap();
+    rexpect::session::spawn_command(command, Some(WATCHDOG_MS)).unwrap()
+}
+
+/// As [`begun`], once it waits for a prompt.
+fn terminal(checkpoint: &Path, args: &[&str]) -> PtySession {
+    let mut session = begun(checkpoint, args);
     session.exp_string("/help shows").unwrap();
     session.exp_string("> ").unwrap();
     session
@@ -225,6 +230,37 @@ fn changed_settings_are_there_the_next_time_but_flags_win() {
     session.exp_string("> ").unwrap();
     session.send_line("q").unwrap();
     session.exp_eof().unwrap();
+}
+
+#[test]
+fn a_bad_file_of_kept_settings_is_named() {
+    let (folder, path) = checkpoint();
+    let file = folder.path().join("settings/transformer-lm/generate.json");
+    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    for (text, message) in [("{\"colour\":\"1\"}", "no setting is called colour"), ("{\"top_p\":\"7\"}", "top_p = 7")] {
+        std::fs::write(&file, text).unwrap();
+        let mut session = begun(&path, &[]);
+        session.exp_string(&format!("error: {}: {message}", file.display())).unwrap();
+        session.exp_string("mend or remove it").unwrap();
+        session.exp_eof().unwrap();
+    }
+}
+
+#[test]
+fn a_text_is_saved_where_there_is_one_and_replaces_a_file_only_when_told() {
+    let (folder, path) = checkpoint();
+    let file = folder.path().join("text.txt");
+    let content = || std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, "precious").unwrap();
+    let name = file.display();
+    let text = converse(&path, &format!("/save {name}\n/save! {name}\n/save {name}.new\n"));
+    assert_eq!(text.matches("there is no text to save yet").count(), 3, "{text}");
+    assert!(content() == "precious" && !folder.path().join("text.txt.new").exists());
+    let text = converse(&path, &format!("abc\n/save {name}\n"));
+    assert!(text.contains(&format!("{name} is there already; /save! {name} replaces it")), "{text}");
+    assert_eq!(content(), "precious");
+    let text = converse(&path, &format!("abc\n/save! {name}\n"));
+    assert!(text.contains("bytes in") && content().starts_with("abc"), "{text}");
 }
 
 fn converse(checkpoint: &Path, input: &str) -> String {

@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::Result;
 use crate::config::AmpDtype;
+use crate::stdout::say;
 use crate::trainer::{Benchmark, Measured, Preset, setup_horovod};
 
 /// Measures updates on random tokens instead of training.
@@ -63,10 +64,8 @@ impl BenchmarkArgs {
         }
         crate::memory::keep_freed_memory();
         let measured = self.what().run(&setup).inspect_err(|error| setup.world.abort(&error.to_string()))?;
-        if setup.rank == 0 {
-            println!("{}", self.show(&measured));
-        }
-        Ok(hvd_torch::shutdown().map_err(hvd_torch::Error::from)?)
+        hvd_torch::shutdown().map_err(hvd_torch::Error::from)?;
+        if setup.rank == 0 { say(&format!("{}\n", self.show(&measured))) } else { Ok(()) }
     }
 
     fn what(&self) -> Benchmark {

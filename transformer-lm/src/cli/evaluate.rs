@@ -11,6 +11,7 @@ use crate::config::DeviceChoice;
 use crate::data::{LoaderConfig, PreparedData, ValLoader, load_preprocessed_data};
 use crate::generate::load_model_for_generation;
 use crate::model::TransformerLM;
+use crate::stdout::say;
 use crate::trainer::{BatchPlan, Evaluator, Precision, Setup, Sums, device_of, most_at_once, setup_horovod};
 use crate::{Config, Error, Result};
 
@@ -54,7 +55,10 @@ pub struct EvaluateArgs {
 pub fn run(args: EvaluateArgs) -> Result<()> {
     let setup = setup_horovod(false)?;
     match evaluate(&args, &setup) {
-        Ok(()) => Ok(hvd_torch::shutdown().map_err(hvd_torch::Error::from)?),
+        Ok(figures) => {
+            hvd_torch::shutdown().map_err(hvd_torch::Error::from)?;
+            if setup.rank == 0 { say(&format!("{figures}\n")) } else { Ok(()) }
+        }
         Err(error) => {
             if !error.is_lost_peer() {
                 setup.world.abort(&error.to_string());
@@ -64,7 +68,8 @@ pub fn run(args: EvaluateArgs) -> Result<()> {
     }
 }
 
-fn evaluate(args: &EvaluateArgs, setup: &Setup) -> Result<()> {
+/// The figures of all ranks, as text.
+fn evaluate(args: &EvaluateArgs, setup: &Setup) -> Result<String> {
     let device = device_of(args.device, setup)?;
     let checkpoint = resolve(&args.checkpoint)?;
     let (model, tokenizer, config) = load_model_for_generation(&checkpoint, None, device)?;
@@ -79,10 +84,7 @@ fn evaluate(args: &EvaluateArgs, setup: &Setup) -> Result<()> {
     let precision = Precision::new(config.training.amp_dtype, device)?;
     let loader = loader_of(args.part, &data, &config, &model, setup, device)?;
     let sums = Evaluator::new(loader, &tokenizer, precision).evaluate(&model, &setup.world)?;
-    if setup.rank == 0 {
-        println!("{}", if args.json { as_json(&sums, &checkpoint) } else { as_text(&sums, &checkpoint) });
-    }
-    Ok(())
+    Ok(if args.json { as_json(&sums, &checkpoint) } else { as_text(&sums, &checkpoint) })
 }
 
 /// In batches of the size that training had, so that sums are rounded alike.

@@ -1,6 +1,6 @@
 //! `generate` and `lm generate`.
 
-use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
+use std::io::{IsTerminal, Write, stderr};
 use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
@@ -15,6 +15,7 @@ use crate::generate::{
     stream_text, with_kept_settings,
 };
 use crate::model::TransformerLM;
+use crate::stdout::say;
 use crate::{Config, Error, Result};
 
 const EXAMPLES: &str = "\
@@ -119,15 +120,9 @@ pub struct GenerateArgs {
 /// Runs `generate`.
 ///
 /// # Errors
-/// Of [`load_model_for_generation`] and [`generate_text`]; a reader that goes away early is none.
+/// Of [`load_model_for_generation`] and [`generate_text`].
 pub fn run(args: GenerateArgs) -> Result<()> {
-    match generate(&args) {
-        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => Ok(()),
-        result => result,
-    }
-}
-
-fn generate(args: &GenerateArgs) -> Result<()> {
+    let args = &args;
     let device = device_of(args.device)?;
     let checkpoint = resolve(&args.checkpoint)?;
     if checkpoint != args.checkpoint {
@@ -217,11 +212,6 @@ fn joined(texts: &[String]) -> String {
         [text] => format!("{text}\n"),
         texts => (1..).zip(texts).map(|(i, text)| format!("--- sample {i} of {} ---\n{text}\n", texts.len())).collect(),
     }
-}
-
-fn say(text: &str) -> Result<()> {
-    let mut out = stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io("write", "standard output"))
 }
 
 /// For people, beside the text and never in it.

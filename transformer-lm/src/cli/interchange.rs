@@ -7,6 +7,7 @@ use clap::{Parser, ValueEnum};
 use crate::Result;
 use crate::config::VocabSize;
 use crate::interchange::{Imported, export_hf, import_hf};
+use crate::stdout::say;
 
 /// A format of other programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -68,8 +69,7 @@ pub struct ImportArgs {
 pub fn export(args: ExportArgs) -> Result<()> {
     let Format::Hf = args.format;
     let shape = export_hf(&args.checkpoint, &args.output)?;
-    println!("{}: a GPT-2 of {} parameters", args.output.display(), shape.parameter_count());
-    Ok(())
+    say(&format!("{}: a GPT-2 of {} parameters\n", args.output.display(), shape.parameter_count()))
 }
 
 /// Runs `lm import`.
@@ -78,8 +78,7 @@ pub fn export(args: ExportArgs) -> Result<()> {
 /// Of [`import_hf`].
 pub fn import(args: ImportArgs) -> Result<()> {
     let Format::Hf = args.format;
-    println!("{}: {}", args.output.display(), describe(&import_hf(&args.input, &args.output)?));
-    Ok(())
+    say(&format!("{}: {}\n", args.output.display(), describe(&import_hf(&args.input, &args.output)?)))
 }
 
 /// The section `model` of a configuration that goes on from it, the tokenizer, and notes.

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::stdout::has_no_reader;
 use crate::{Error, Result};
 
 mod benchmark;
@@ -55,7 +56,8 @@ pub fn run(lm: Lm) -> Result<()> {
     }
 }
 
-/// What each binary's `main` does: parse the process's arguments, run, report, and give the exit code.
+/// What each binary's `main` does: parse the process's arguments, run, report, and give the exit code. A reader of standard output
+/// that goes away early is no failure.
 pub fn main_of<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     let args = match A::try_parse_from(with_dashes(std::env::args_os())) {
         Ok(args) => args,
@@ -66,6 +68,7 @@ pub fn main_of<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     };
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if has_no_reader(&error) => ExitCode::SUCCESS,
         Err(error) => report(&error),
     }
 }

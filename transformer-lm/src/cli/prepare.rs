@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 
 use crate::data::{PrepareOptions, PrepareSummary, TokenizerKind, Verified, prepare, verify};
+use crate::stdout::say;
 use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
@@ -65,7 +66,7 @@ pub fn run(args: PrepareArgs) -> Result<()> {
     let (check, makes) = (args.verify, !args.input.is_empty());
     let made = if makes { Some(make(args)?) } else { None };
     if check {
-        println!("{}", describe_verified(&read_back(&output, made.as_ref())?));
+        say(&format!("{}\n", describe_verified(&read_back(&output, made.as_ref())?)))?;
     }
     Ok(())
 }
@@ -85,8 +86,7 @@ fn make(args: PrepareArgs) -> Result<PrepareSummary> {
         progress: true,
     };
     let summary = prepare(&options)?;
-    println!("{}", describe(&summary, &options));
-    Ok(summary)
+    say(&format!("{}\n", describe(&summary, &options))).map(|()| summary)
 }
 
 /// Reads the folder, whose text must be the one that was prepared, where that is known.

@@ -6,6 +6,7 @@ use clap::Parser;
 
 use crate::Result;
 use crate::report::report;
+use crate::stdout::say;
 
 /// Draw the curves of one or several runs into one HTML page, and into a PNG beside it
 #[derive(Parser, Debug)]
@@ -25,6 +26,5 @@ pub struct ReportArgs {
 /// Of [`report`].
 pub fn run(args: ReportArgs) -> Result<()> {
     let picture = report(&args.runs, &args.output)?;
-    println!("{}\n{}", args.output.display(), picture.display());
-    Ok(())
+    say(&format!("{}\n{}\n", args.output.display(), picture.display()))
 }

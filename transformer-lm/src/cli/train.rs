@@ -7,6 +7,7 @@ use clap::Parser;
 use super::benchmark::BenchmarkArgs;
 use crate::Result;
 use crate::config::{Config, PathsSection};
+use crate::stdout::say;
 use crate::trainer::{Resume, forecast, launched_rank, run_distributed_training, setup_horovod};
 
 const EXAMPLES: &str = "\
@@ -86,10 +87,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     config.training.overfit_one_batch |= args.overfit_one_batch;
     config.training.profile = args.profile.or(config.training.profile);
     if args.print_config {
-        if launched_rank() == 0 {
-            print!("{}", config.to_yaml());
-        }
-        return Ok(());
+        return if launched_rank() == 0 { say(&config.to_yaml()) } else { Ok(()) };
     }
     if args.dry_run {
         return plan(&config);
@@ -101,8 +99,6 @@ pub fn run(args: TrainArgs) -> Result<()> {
 fn plan(config: &Config) -> Result<()> {
     let setup = setup_horovod(false)?;
     let forecast = forecast(config, &setup).inspect_err(|error| setup.world.abort(&error.to_string()))?;
-    if setup.rank == 0 {
-        println!("{forecast}");
-    }
-    Ok(hvd_torch::shutdown().map_err(hvd_torch::Error::from)?)
+    hvd_torch::shutdown().map_err(hvd_torch::Error::from)?;
+    if setup.rank == 0 { say(&format!("{forecast}\n")) } else { Ok(()) }
 }

@@ -12,6 +12,7 @@ use super::session::{Next, Session};
 use super::settings::{Settings, file_of_user};
 use crate::data::Tokenizer;
 use crate::model::TransformerLM;
+use crate::stdout::say;
 use crate::{Error, Result};
 
 const PROMPT: &str = "> ";
@@ -41,10 +42,13 @@ pub fn interactive_generation(model: &TransformerLM, tokenizer: &Tokenizer, para
 /// `params` with the settings that the user kept in earlier conversations, where a conversation would be at a terminal.
 ///
 /// # Errors
-/// A file of settings that cannot be read.
+/// A file of settings that cannot be read, or holds one that makes no sense.
 pub fn with_kept_settings(params: &TextParams) -> Result<TextParams> {
     match file_of_user().filter(|_| is_at_terminal()) {
-        Some(path) => Settings::read(&path)?.over(params),
+        Some(path) => Settings::read(&path)?.over(params).map_err(|error| {
+            let hint = "hint: this file keeps what /set has changed; mend or remove it";
+            Error::Config(format!("{}: {error}\n{hint}", path.display()))
+        }),
         None => Ok(params.clone()),
     }
 }
@@ -55,7 +59,7 @@ fn is_at_terminal() -> bool {
 
 fn at_terminal(session: &mut Session) -> Result<()> {
     let mut editor = DefaultEditor::new().map_err(terminal_error)?;
-    println!("A line is a prompt. /help shows what else there is; Ctrl-C stops a reply, Ctrl-D ends.");
+    say("A line is a prompt. /help shows what else there is; Ctrl-C stops a reply, Ctrl-D ends.\n")?;
     let mut prompt = PROMPT;
     loop {
         match editor.readline(prompt) {
@@ -67,7 +71,7 @@ fn at_terminal(session: &mut Session) -> Result<()> {
                     Next::End => return Ok(()),
                 }
             }
-            Err(ReadlineError::Interrupted) => println!("(Ctrl-D or quit ends)"),
+            Err(ReadlineError::Interrupted) => say("(Ctrl-D or quit ends)\n")?,
             Err(ReadlineError::Eof) => return Ok(()),
             Err(error) => return Err(terminal_error(error)),
         }

@@ -10,6 +10,7 @@ use super::{TextParams, stream_text};
 use crate::checkpoint::write_atomically;
 use crate::data::Tokenizer;
 use crate::model::TransformerLM;
+use crate::stdout::{is_of_stdout, say_to};
 use crate::{Error, Result};
 
 const HELP: &str = "\
@@ -17,7 +18,7 @@ A line is a prompt; the model continues it. A line that ends with \\ goes on wit
 a prompt may have many.
   /more               continue the last text
   /load FILE          continue the text of a file
-  /save FILE          write the last text into a file
+  /save FILE          write the last text into a new file; /save! FILE replaces one
   /set NAME VALUE     change a setting, for example /set temperature 0.7; at a terminal it is kept for the next time
   /settings           show the settings
   /stats              show how fast replies were
@@ -107,8 +108,8 @@ impl<'a> Session<'a> {
         }
         let outcome = if is_new { self.command(&text, out) } else { self.reply(&text, out) };
         match outcome {
-            Err(error) if is_of_output(&error) => Err(error),
-            Err(error) => say(out, &format!("{error}\n")).map(|()| Next::Line),
+            Err(error) if is_of_stdout(&error) => Err(error),
+            Err(error) => say_to(out, &format!("{error}\n")).map(|()| Next::Line),
             Ok(()) => Ok(Next::Line),
         }
     }
@@ -138,18 +139,19 @@ impl<'a> Session<'a> {
         let rest = || line.trim_start().split_once(char::is_whitespace).map_or("", |(_, rest)| rest.trim());
         match words[..] {
             [] => Ok(()),
-            ["/help" | "/?"] => say(out, HELP),
-            ["/settings"] => say(out, &settings::describe(&self.params)),
-            ["/stats"] => say(out, &self.stats()),
+            ["/help" | "/?"] => say_to(out, HELP),
+            ["/settings"] => say_to(out, &settings::describe(&self.params)),
+            ["/stats"] => say_to(out, &self.stats()),
             ["/set", name, ..] if words.len() > 2 => {
                 let value = rest().split_once(char::is_whitespace).map_or("", |(_, value)| value.trim());
-                self.set(name, value).and_then(|()| say(out, &settings::describe(&self.params)))
+                self.set(name, value).and_then(|()| say_to(out, &settings::describe(&self.params)))
             }
             ["/set", ..] => Err(Error::Config("expected /set NAME VALUE, for example /set temperature 0.7".into())),
             ["/more"] => self.reply(&self.last.clone(), out),
-            ["/load" | "/save"] => Err(Error::Config(format!("expected {} FILE", words[0]))),
+            ["/load" | "/save" | "/save!"] => Err(Error::Config(format!("expected {} FILE", words[0]))),
             ["/load", ..] => self.load(Path::new(rest()), out),
-            ["/save", ..] => self.save(Path::new(rest()), out),
+            ["/save", ..] => self.save(Path::new(rest()), false, out),
+            ["/save!", ..] => self.save(Path::new(rest()), true, out),
             [word, ..] if word.starts_with('/') && !word.starts_with("//") => {
                 Err(Error::Config(format!("unknown command {word}; /help lists them")))
             }
@@ -165,16 +167,16 @@ impl<'a> Session<'a> {
         let mut pieces = stream_text(self.model, self.tokenizer, prompt, &params)?;
         self.replies += 1;
         self.last = prompt.to_owned();
-        say(out, prompt)?;
+        say_to(out, prompt)?;
         let mut stopped = false;
         while let Some(piece) = pieces.next().filter(|_| !stopped) {
             let piece = piece?;
-            say(out, &piece)?;
+            say_to(out, &piece)?;
             self.last.push_str(&piece);
             stopped = self.stop.load(Ordering::Relaxed);
         }
         self.count(pieces.tokens(), started.elapsed().as_secs_f64());
-        say(out, if stopped { "\n(stopped)\n" } else { "\n" })
+        say_to(out, if stopped { "\n(stopped)\n" } else { "\n" })
     }
 
     fn count(&mut self, tokens: usize, seconds: f64) {
@@ -193,9 +195,16 @@ impl<'a> Session<'a> {
         self.reply(&text, out)
     }
 
-    fn save(&mut self, path: &Path, out: &mut dyn Write) -> Result<()> {
+    fn save(&mut self, path: &Path, replaces: bool, out: &mut dyn Write) -> Result<()> {
+        if self.last.is_empty() {
+            return Err(Error::Config("there is no text to save yet; enter a prompt first".into()));
+        }
+        if !replaces && path.symlink_metadata().is_ok() {
+            let path = path.display();
+            return Err(Error::Config(format!("{path} is there already; /save! {path} replaces it")));
+        }
         write_atomically(path, self.last.as_bytes())?;
-        say(out, &format!("{} bytes in {}\n", self.last.len(), path.display()))
+        say_to(out, &format!("{} bytes in {}\n", self.last.len(), path.display()))
     }
 
     fn set(&mut self, name: &str, value: &str) -> Result<()> {
@@ -209,16 +218,4 @@ impl<'a> Session<'a> {
             None => Ok(()),
         }
     }
-}
-
-const OUTPUT: &str = "standard output";
-
-/// Whether nobody reads any more; what goes wrong with a file of the user is the user's to mend.
-fn is_of_output(error: &Error) -> bool {
-    matches!(error, Error::Io { path, .. } if path == Path::new(OUTPUT))
-}
-
-/// Writes and flushes, so that text appears as it is drawn.
-fn say(out: &mut dyn Write, text: &str) -> Result<()> {
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io("write", OUTPUT))
 }

@@ -110,6 +110,11 @@ impl Lab {
 
 /// Runs a command line of one of our binaries in `folder`. Words are parted by spaces; `''` is an empty one.
 pub fn run(folder: &Path, line: &str) -> Output {
+    command(folder, line).output().unwrap()
+}
+
+/// The same, to be run.
+pub fn command(folder: &Path, line: &str) -> Command {
     let mut words = line.split(' ').map(|word| if word == "''" { "" } else { word });
     let program = match words.next() {
         Some("train") => env!("CARGO_BIN_EXE_train"),
@@ -119,7 +124,7 @@ pub fn run(folder: &Path, line: &str) -> Output {
     let mut command = Command::new("timeout");
     command.args(["--kill-after=5", LIMIT_SECONDS, program]).args(words).current_dir(folder);
     command.env("OMP_NUM_THREADS", "1").env("RUST_BACKTRACE", "0").stdin(std::process::Stdio::null());
-    command.output().unwrap()
+    command
 }
 
 /// Replaces what `path` holds by what `change` makes of it.

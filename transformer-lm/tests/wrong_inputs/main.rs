@@ -7,3 +7,4 @@ mod configurations;
 mod data;
 mod full_disk;
 mod lab;
+mod standard_output;
