@@ -1,11 +1,13 @@
 //! One error type for the whole runtime. Each text names what is wrong and what to do next.
 
+use std::fmt;
 use std::sync::Arc;
 
 /// What can go wrong in the runtime.
 ///
-/// Cheap to clone: a failure of the world reaches every operation that was in flight.
-#[derive(Clone, Debug, thiserror::Error)]
+/// Cheap to clone: a failure of the world reaches every operation that was in flight. Its `Debug` is its text, as that is what users see
+/// of a `main` that returns it and of `unwrap`.
+#[derive(Clone, thiserror::Error)]
 pub enum Error {
     /// The ranks submitted different things under one name. The world goes on.
     #[error("ranks disagree on `{name}`: {detail}")]
@@ -59,24 +61,30 @@ pub enum Error {
     },
 
     /// The operating system refused something.
-    #[error("{what}: {source}")]
+    #[error("{what}: {answer}")]
     Io {
         /// What was being tried.
         what: String,
         /// The system's answer.
-        source: Arc<std::io::Error>,
+        answer: Arc<std::io::Error>,
     },
 }
 
 impl Error {
     /// Wraps an operating-system error with what was being tried.
-    pub fn io(what: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
-        Error::Io { what: what.into(), source: Arc::new(source.into()) }
+    pub fn io(what: impl Into<String>, answer: impl Into<std::io::Error>) -> Self {
+        Error::Io { what: what.into(), answer: Arc::new(answer.into()) }
     }
 
     /// Whether the world survives this error, so that other operations go on.
     pub fn is_recoverable(&self) -> bool {
         matches!(self, Error::Mismatch { .. } | Error::Invalid(_))
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 

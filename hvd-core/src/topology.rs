@@ -4,6 +4,9 @@ use std::collections::HashMap;
 
 use crate::error::{Error, Result};
 
+/// More ranks than this in a world are a mistake.
+const MOST_RANKS: usize = 1 << 16;
+
 /// A rank's place in its world.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Topology {
@@ -79,6 +82,11 @@ impl Topology {
                 )));
             }
         }
+        if self.size > MOST_RANKS {
+            let text =
+                format!("the launcher's variables give a world of {} ranks; there can be {MOST_RANKS}", self.size);
+            return Err(Error::Config(text));
+        }
         if self.local_size > self.size || self.local_rank > self.rank {
             return Err(Error::Config(format!(
                 "the launcher's variables give {} local ranks in a world of {} (rank {}, local rank {})",
@@ -129,6 +137,22 @@ impl Launch {
 
 fn utf8_pair((name, value): (std::ffi::OsString, std::ffi::OsString)) -> Option<(String, String)> {
     Some((name.into_string().ok()?, value.into_string().ok()?))
+}
+
+/// `rank 3`, `ranks 0-2, 5`.
+pub fn listed(mut ranks: Vec<usize>) -> String {
+    ranks.sort_unstable();
+    let mut spans: Vec<(usize, usize)> = Vec::new();
+    for rank in ranks {
+        match spans.last_mut() {
+            Some((_, end)) if *end + 1 == rank => *end = rank,
+            _ => spans.push((rank, rank)),
+        }
+    }
+    let one = matches!(spans[..], [(start, end)] if start == end);
+    let span = |(start, end): &(usize, usize)| if start == end { start.to_string() } else { format!("{start}-{end}") };
+    let spans: Vec<_> = spans.iter().map(span).collect();
+    format!("{} {}", if one { "rank" } else { "ranks" }, spans.join(", "))
 }
 
 /// Reads numbers out of the variables of each launcher.
@@ -313,6 +337,12 @@ mod tests {
 
     fn refused(pairs: &[(&str, &str)]) -> String {
         Launch::from_vars(&vars(pairs), 77).expect_err("an error").to_string()
+    }
+
+    #[test]
+    fn ranks_are_listed_in_spans() {
+        assert_eq!(listed(vec![3]), "rank 3");
+        assert_eq!(listed(vec![2, 0, 1, 5]), "ranks 0-2, 5");
     }
 
     #[test]

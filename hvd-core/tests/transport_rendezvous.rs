@@ -118,7 +118,7 @@ fn a_rank_that_is_missing_is_named() {
         let meeting = Meeting::Unix { job: fresh_job() };
         for rank in connect(&ranks(4)[..3], &meeting, &options) {
             let error = rank.err().expect("rank 3 is missing").to_string();
-            assert!(error.contains("did not come in time: [3]"), "{error}");
+            assert!(error.contains("did not come in time: rank 3;"), "{error}");
         }
         let error = connect(&ranks(2)[1..], &meeting, &options).remove(0).err().expect("rank 0 is missing").to_string();
         assert!(error.contains("cannot reach rank 0"), "{error}");

@@ -1,7 +1,10 @@
 //! What can go wrong between tch and the runtime.
 
-/// An error of this crate. Each text says what to do next where that is known.
-#[derive(Clone, Debug, thiserror::Error)]
+use std::fmt;
+
+/// An error of this crate. Each text says what to do next where that is known. Its `Debug` is its text, as that is what users see of a
+/// `main` that returns it and of `unwrap`.
+#[derive(Clone, thiserror::Error)]
 pub enum Error {
     /// The runtime failed: a peer is gone, the ranks disagree, …
     #[error(transparent)]
@@ -32,6 +35,12 @@ impl Error {
 
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
         Error::Invalid(message.into())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 

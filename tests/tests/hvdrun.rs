@@ -135,6 +135,16 @@ fn the_rank_that_was_killed_is_named_and_not_those_that_lost_it() {
 }
 
 #[test]
+fn the_cause_is_named_behind_backtraces_too() {
+    for _ in 0..5 {
+        let log = "/dev/null/none/tuner.csv"; // which rank 0 writes
+        let job = worker(3, &["steps", "--count", "1000", "--elements", "1000"]).var("RUST_BACKTRACE", 1);
+        let finished = job.var("HVD_AUTOTUNE", 1).var("HVD_AUTOTUNE_LOG", log).run();
+        assert_says(&finished, &["rank 0 on localhost failed first: exit code 1", log]);
+    }
+}
+
+#[test]
 fn signals_reach_all_ranks_and_the_stubborn_are_killed() {
     for (signal, expected) in [(Signal::TERM, 143), (Signal::INT, 130)] {
         let script = "trap 'echo ended well; exit 0' TERM INT; echo ready; while :; do sleep 0.02; done";

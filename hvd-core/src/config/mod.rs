@@ -231,8 +231,8 @@ impl Config {
         if self.segment_bytes == 0 {
             return Err(wrong("HVD_SEGMENT_BYTES", "0", "at least 1 byte"));
         }
-        if self.shm_slot_bytes < 4096 {
-            return Err(wrong("HVD_SHM_SLOT_BYTES", &self.shm_slot_bytes.to_string(), "at least 4096 bytes"));
+        if !(4096..=1 << 30).contains(&self.shm_slot_bytes) {
+            return Err(wrong("HVD_SHM_SLOT_BYTES", &self.shm_slot_bytes.to_string(), "4096 bytes to 1 GiB"));
         }
         if self.autotune.steps_per_sample == 0 {
             return Err(wrong("HVD_AUTOTUNE_STEPS_PER_SAMPLE", "0", "at least 1"));
@@ -359,6 +359,7 @@ mod tests {
             ("HVD_AUTOTUNE_STEPS_PER_SAMPLE", "0"),
             ("HVD_LOG_LEVEL", "loud"),
             ("HVD_SHM_SLOT_BYTES", "1"),
+            ("HVD_SHM_SLOT_BYTES", "99999999999"),
             ("HVD_RENDEZVOUS", "host:1"),
         ] {
             let error = config(&[(name, value)]).expect_err(name).to_string();

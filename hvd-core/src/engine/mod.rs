@@ -325,6 +325,7 @@ impl Core {
         match &error {
             // The peers wrap the cause in the same error.
             Error::PeerLost { rank, cause } if *rank == self.transport.rank() => self.transport.abort(cause),
+            Error::ShutDown(cause) => self.transport.abort(cause),
             error => self.transport.abort(&error.to_string()),
         }
         self.sets.values_mut().for_each(|set| set.fail(&error));

@@ -12,6 +12,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -173,7 +174,13 @@ impl Tuner {
         let Autotune { enabled, log, warmup_samples, steps_per_sample, max_samples, fixed } = &config.autotune;
         let free = |axis: &&Axis| !fixed.contains(axis.variable) && (axis.in_shared_memory || !shared_memory);
         let axes: Vec<_> = AXES.iter().filter(free).collect();
-        if !enabled || axes.is_empty() {
+        if !enabled {
+            return Ok(None);
+        }
+        if axes.is_empty() {
+            tracing::warn!(
+                "HVD_AUTOTUNE has nothing to find: all settings that matter here are set, so there is no log either"
+            );
             return Ok(None);
         }
         let mut tuner = Tuner {
@@ -259,7 +266,8 @@ impl Tuner {
 }
 
 fn cannot_log(config: &Config, error: std::io::Error) -> Error {
-    Error::io(format!("writing the tuner's log {:?} (HVD_AUTOTUNE_LOG)", config.autotune.log), error)
+    let path = config.autotune.log.as_deref().unwrap_or(Path::new("")).display();
+    Error::io(format!("writing the tuner's log {path} (HVD_AUTOTUNE_LOG)"), error)
 }
 
 fn median(mut scores: Vec<f64>) -> f64 {

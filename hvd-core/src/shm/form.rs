@@ -39,7 +39,11 @@ pub(super) fn share(transport: &mut dyn Transport, slot_bytes: usize, deadline: 
 
 fn lead(talk: &mut Talk<'_>, slot_bytes: usize) -> Result<Option<Segment>> {
     let size = talk.transport.size();
-    let host = Host::open(size, slot_bytes).inspect_err(|error| tracing::debug!(%error, "no shared memory")).ok();
+    let host = Host::open(size, slot_bytes)
+        .inspect_err(|error| {
+            tracing::warn!("the ranks of this host cannot share memory and talk over TCP, which is slower: {error}")
+        })
+        .ok();
     let offer = host.as_ref().map(|host| host.offer.encode()).unwrap_or_default();
     talk.tell_all(OFFER, &offer)?;
     let Some(mut host) = host else { return Ok(None) };

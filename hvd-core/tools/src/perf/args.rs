@@ -240,7 +240,10 @@ impl Args {
     }
 
     /// Refuses what makes no sense.
-    pub(super) fn validate(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// Arguments that fit nothing or not each other.
+    pub fn validate(&self) -> Result<()> {
         ensure!(self.factor >= 2, "--factor {}: sizes must grow; give at least 2", self.factor);
         ensure!(self.first() > 0, "--min-bytes 0: give at least 1");
         ensure!(

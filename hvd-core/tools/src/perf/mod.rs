@@ -23,12 +23,11 @@ use half::{bf16, f16};
 use nix::time::{ClockId, clock_gettime};
 use report::{Idle, Report, Row};
 
-/// Measures what `args` ask for and prints it on rank 0. Gives the number of wrong elements on all ranks.
+/// Measures what `args`, which are [`Args::validate`]d, ask for and prints it on rank 0. Gives the number of wrong elements on all ranks.
 ///
 /// # Errors
-/// Arguments that fit nothing, a world that does not come up, and whatever an operation fails with.
+/// A world that does not come up, and whatever an operation fails with.
 pub fn run(args: &Args) -> Result<u64> {
-    args.validate()?;
     let world = World::with_config(config(args)?).context("the ranks did not come together")?;
     args.expect_backend(world.backend(), world.size())?;
     let errors = match args.dtype.0 {

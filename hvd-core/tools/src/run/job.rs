@@ -1,5 +1,6 @@
 //! A job from its start to its end, as `hvdrun` sees it.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -7,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use hvd_core::topology::listed;
 use signal_hook::consts::{SIGKILL, SIGTERM, SIGUSR1, SIGUSR2};
 
 use super::connection::{Connection, News, absolute_program};
@@ -16,7 +18,7 @@ use super::message::{End, FromAgent, Order, Reserve, ToAgent, Variable};
 use super::options::Options;
 use super::output::{Outputs, PATIENCE, Prefix};
 use super::plan::{self, Plan};
-use super::report::{self, Ends, listed, signal_code, signal_name};
+use super::report::{self, Ends, signal_code, signal_name};
 
 /// How long the other ranks may go on after the first failure, to say what they have to say.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(3);
@@ -194,7 +196,17 @@ impl Job {
                 grace_ms: grace.as_millis() as u64,
             })));
         }
+        self.note(Job::order);
         Ok(())
+    }
+
+    /// What is started, and with which variables, but for the secret.
+    fn order(&self) -> String {
+        let words = self.command.iter().map(|word| word.to_string_lossy());
+        let told = self.identity.iter().filter(|(name, _)| name != b"HVD_SECRET");
+        let told =
+            told.map(|(name, value)| format!("{}={}", String::from_utf8_lossy(name), String::from_utf8_lossy(value)));
+        told.map(Cow::Owned).chain(words).collect::<Vec<_>>().join(" ")
     }
 
     fn ended(&mut self, rank: usize, end: End) {

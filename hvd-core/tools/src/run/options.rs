@@ -174,7 +174,12 @@ impl Options {
     /// # Errors
     /// For what is no positive time.
     pub fn start_timeout(&self) -> Result<Duration> {
-        seconds("start-timeout", self.start_timeout, 30.0)
+        let timeout = seconds("start-timeout", self.start_timeout, 30.0)?;
+        ensure!(
+            !timeout.is_zero(),
+            "--start-timeout is 0; expected the seconds in which the hosts and the ranks must come together"
+        );
+        Ok(timeout)
     }
 
     /// Between asking ranks to end and killing them.

@@ -125,6 +125,9 @@ impl Outputs {
             return;
         }
         let line = String::from_utf8_lossy(line).trim_end().to_string();
+        if !goes_on && is_backtrace(&line) {
+            return;
+        }
         let lines = self.last_words.entry(rank).or_default();
         match lines.back_mut() {
             Some(last) if goes_on => last.push_str(&line),
@@ -134,6 +137,14 @@ impl Outputs {
             lines.pop_front();
         }
     }
+}
+
+/// Whether a line is part of a backtrace as Rust prints it, which would push out what was said before.
+fn is_backtrace(line: &str) -> bool {
+    let text = line.trim_start();
+    let is_frame = || text.split_once(": ").is_some_and(|(number, _)| number.parse::<u32>().is_ok());
+    line.eq_ignore_ascii_case("stack backtrace:")
+        || (text.len() < line.len() && (text.starts_with("at ") || is_frame()))
 }
 
 fn write_all(stream: Stream, text: &[u8]) -> io::Result<()> {
@@ -176,5 +187,19 @@ impl Files {
     fn write(&mut self, rank: usize, stream: Stream, bytes: &[u8]) -> Result<()> {
         let Some((path, file)) = self.0.get_mut(&(rank, stream)) else { return Ok(()) };
         file.write_all(bytes).with_context(|| format!("cannot write to {}", path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backtraces_do_not_push_out_what_was_said() {
+        let mut outputs = Outputs::new(Prefix::default(), None, 1).unwrap();
+        let frames = (0..20).map(|at| format!("  {at:2}: main::frame\n             at ./src/main.rs:{at}\n"));
+        let text = format!("Error: lost rank 2: gone\n\nStack backtrace:\n{}", frames.collect::<String>());
+        outputs.take(0, Stream::Stderr, text.as_bytes()).unwrap();
+        assert_eq!(outputs.last_words(0), ["Error: lost rank 2: gone", ""]);
     }
 }

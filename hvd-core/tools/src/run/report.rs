@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use hvd_core::topology::listed;
+
 use super::message::End;
 
 /// Exit code for wrong usage.
@@ -93,22 +95,6 @@ fn lost_rank(text: &str) -> Option<usize> {
     rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-/// `rank 3`, `ranks 0-2, 5`.
-pub fn listed(mut ranks: Vec<usize>) -> String {
-    ranks.sort_unstable();
-    let mut spans: Vec<(usize, usize)> = Vec::new();
-    for rank in ranks {
-        match spans.last_mut() {
-            Some((_, end)) if *end + 1 == rank => *end = rank,
-            _ => spans.push((rank, rank)),
-        }
-    }
-    let one = matches!(spans[..], [(start, end)] if start == end);
-    let span = |(start, end): &(usize, usize)| if start == end { start.to_string() } else { format!("{start}-{end}") };
-    let spans: Vec<_> = spans.iter().map(span).collect();
-    format!("{} {}", if one { "rank" } else { "ranks" }, spans.join(", "))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,11 +123,5 @@ mod tests {
         assert_eq!((End::Code(3).exit_code(), End::Signal(9).exit_code(), End::Code(-1).exit_code()), (3, 137, 125));
         assert_eq!(End::Signal(9).to_string(), "killed by SIGKILL (9)");
         assert_eq!(End::Signal(40).to_string(), "killed by signal 40");
-    }
-
-    #[test]
-    fn ranks_are_listed_in_spans() {
-        assert_eq!(listed(vec![3]), "rank 3");
-        assert_eq!(listed(vec![2, 0, 1, 5]), "ranks 0-2, 5");
     }
 }

@@ -13,6 +13,7 @@ use super::proof::{self, Claim, Key, Purpose};
 use super::stream::{Listener, Stream};
 use super::{Identity, Meeting, PROTOCOL_VERSION, Roster, guest, random_bytes, rendezvous};
 use crate::error::{Error, Result};
+use crate::topology::listed;
 
 /// How long rank 0 waits for a predecessor to leave the meeting point.
 const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(3);
@@ -152,9 +153,10 @@ fn missing(meeting: &Meeting, addresses: &[Option<SocketAddr>]) -> Error {
         Meeting::Tcp { address, .. } => format!("they can reach {address} and have the same secret"),
     };
     rendezvous(format!(
-        "of {} ranks these did not come in time: {missing:?}; check that they were started and that {what} \
+        "of {} ranks these did not come in time: {}; check that they were started and that {what} \
          (HVD_START_TIMEOUT sets how long to wait)",
-        addresses.len()
+        addresses.len(),
+        listed(missing)
     ))
 }
 
