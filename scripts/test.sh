@@ -4,7 +4,8 @@
 # usage: scripts/test.sh [--full]
 #
 #   --full   for the longer runs of tests that choose at random (more seeds, more kills): sets HVD_TEST_FULL=1 for them; and for
-#            those beside PyTorch and transformers, which are installed from PyPI into .cache/peers/torch (5 GB)
+#            those beside PyTorch and transformers, which are installed from PyPI into .cache/peers/torch (5 GB); and operations on
+#            more than 2^31 elements, which need 9 GiB of memory
 #
 # Environment:
 #   HVD_TEST_PYTHON   a Python that has torch 2.11.0, numpy, safetensors and transformers; --full installs nothing then
@@ -38,6 +39,7 @@ main() {
     [ -z "${HVD_TEST_FULL:-}" ] || setup_python
     build
     cargo_tests
+    [ -z "${HVD_TEST_FULL:-}" ] || huge_operations
     mpich_transport
     examples
     outside_package
@@ -108,6 +110,13 @@ cargo_tests() {
     FAILED=$((FAILED + failed))
     [ "$failed" -eq 0 ] || FAILURES+=("cargo test ($failed; see above)")
     done_ "$passed passed, $failed failed"
+}
+
+# More than 2^31 elements in one operation: needs 9 GiB of memory.
+huge_operations() {
+    step "Operations on more than 2^31 elements"
+    check "huge" cargo test --locked --workspace --test huge -- --ignored --test-threads 1
+    done_ "done"
 }
 
 # Every example of the libraries asserts what it shows: under mpirun, under MPICH's, and under hvdrun.

@@ -27,6 +27,12 @@ fn main() -> hvd_core::Result<()> {
         );
     }
     world.barrier()?;
+
+    // Sets that are known from the start are made with the world, or with the one that is there: all ranks list all of them.
+    let everyone: Vec<_> = (0..size).collect();
+    let sets = hvd_core::init_with_process_sets([&everyone[..], &[0]])?;
+    assert!(sets[0].is_some());
+    assert_eq!(sets[1].is_some(), rank == 0);
     if rank == 0 {
         println!("{size} rank(s) over {}: the even ones are {members:?}", world.backend());
     }

@@ -15,6 +15,11 @@ fn main() -> hvd_core::Result<()> {
     assert_eq!(rows, (0..size as i64).chain([1000]).collect::<Vec<_>>());
     assert_eq!(sums[..2 * size], [10.0, 20.0].repeat(size));
     assert_eq!(sums[2 * size..], [size as f32, 2.0 * size as f32]);
+
+    // In the background.
+    let handle = world.sparse_allreduce_async("embedding", &indices, &values, 2, ReduceOp::Average)?;
+    let (_, averages) = handle.wait()?;
+    assert_eq!(averages[2 * size..], [1.0, 2.0]);
     if rank == 0 {
         println!("{size} rank(s) over {}: rows {rows:?}", world.backend());
     }

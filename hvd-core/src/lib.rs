@@ -43,7 +43,7 @@ pub use reduce::ReduceOp;
 pub use topology::Topology;
 pub use wire::Compression;
 pub use world::{
-    Backend, GroupVecHandle, JoinHandle, ProcessSet, SharedBuffer, SharedHandle, VecHandle, World, cross_rank,
-    cross_size, init, init_with, is_initialised, local_rank, local_size, mpi_enabled, mpi_threads_supported, rank,
-    shm_enabled, shutdown, size, tcp_enabled, world,
+    Backend, GroupVecHandle, JoinHandle, ProcessSet, SharedBuffer, SharedHandle, SparseHandle, VecHandle, World,
+    cross_rank, cross_size, init, init_with, init_with_process_sets, is_initialised, local_rank, local_size,
+    mpi_enabled, mpi_threads_supported, rank, shm_enabled, shutdown, size, tcp_enabled, world,
 };

@@ -5,10 +5,11 @@ mod shm_support;
 mod support;
 
 use hvd_core::collective::*;
+use hvd_core::config::Config;
 use hvd_core::shm::*;
 use hvd_core::transport::Tag;
 use hvd_core::transport::thread::ThreadTransport;
-use hvd_core::{DType, Memory, ReduceOp};
+use hvd_core::{DType, Memory, ReduceOp, World};
 use shm_support::{Member, in_group};
 use support::{bytes, close, on_each};
 
@@ -36,10 +37,14 @@ impl Pattern {
         Pattern(Pattern::of(0).0.iter().zip(Pattern::of(1).0).map(|(one, two)| one.wrapping_add(two)).collect())
     }
 
-    fn memory(&self, len: usize) -> Memory {
+    fn repeated(&self, len: usize) -> Vec<u8> {
         let mut all = self.0.repeat(len.div_ceil(PERIOD));
         all.truncate(len);
-        Memory::from_vec(all)
+        all
+    }
+
+    fn memory(&self, len: usize) -> Memory {
+        Memory::from_vec(self.repeated(len))
     }
 
     /// Looks at every element; the first is the pattern's at `start`.
@@ -152,6 +157,19 @@ fn a_message() {
         }
     };
     over_transport(message, |_, memory| Pattern::of(0).check(bytes(memory), 0));
+}
+
+#[test]
+#[ignore = "needs 7 GiB"]
+fn named_operations() {
+    let run = |world: World| {
+        let mut data = Pattern::of(world.rank()).repeated(ELEMENTS);
+        world.allreduce("huge", &mut data, ReduceOp::Sum).unwrap();
+        Pattern::sum().check(&data, 0);
+        world.shutdown().unwrap();
+    };
+    World::threads_sharing(2, &Config::default(), run);
+    World::threads(2, run);
 }
 
 #[test]

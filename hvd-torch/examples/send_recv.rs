@@ -20,6 +20,14 @@ fn main() -> hvd_torch::Result<()> {
             assert_eq!(visited.sum(tch::Kind::Int64).int64_value(&[]), size as i64);
         }
     }
+    if size > 1 {
+        // Everybody to the next at once: in the background, as no rank would come to receive otherwise.
+        let (own, previous) = (Tensor::from(rank as i64), Tensor::from(-1i64));
+        let sent = hvd_torch::send_async(&own, next, 8)?;
+        hvd_torch::recv_async_(&previous, (rank + size - 1) % size, 8)?.wait()?;
+        sent.wait()?;
+        assert_eq!(previous.int64_value(&[]), ((rank + size - 1) % size) as i64);
+    }
     if hvd_torch::is_main_process() {
         println!("{size} rank(s): the tensor has been everywhere");
     }

@@ -6,7 +6,7 @@ use hvd_core::{Allreduce, ReduceOp, world};
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::ops::{self, GroupHandle, SparseHandle, TensorHandle};
+use crate::ops::{self, GroupHandle, MessageHandle, SparseHandle, TensorHandle};
 use crate::optim::Optimizer;
 
 macro_rules! in_the_global_world {
@@ -47,7 +47,9 @@ in_the_global_world! {
     broadcast_parameters(params: &[(String, Tensor)], root: usize) -> ();
     broadcast_optimizer_state(optimizer: &mut impl Optimizer, root: usize) -> ();
     send(tensor: &Tensor, peer: usize, tag: u32) -> ();
+    send_async(tensor: &Tensor, peer: usize, tag: u32) -> MessageHandle;
     recv_(tensor: &Tensor, peer: usize, tag: u32) -> ();
+    recv_async_(tensor: &Tensor, peer: usize, tag: u32) -> MessageHandle;
     metric_average(value: f64, name: &str) -> f64;
 }
 

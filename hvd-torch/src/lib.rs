@@ -52,7 +52,8 @@ pub use global::{
     barrier, broadcast, broadcast_, broadcast_async, broadcast_async_, broadcast_optimizer_state, broadcast_parameters,
     grouped_allgather, grouped_allgather_async, grouped_allreduce, grouped_allreduce_, grouped_allreduce_async,
     grouped_allreduce_async_, grouped_reducescatter, grouped_reducescatter_async, join, metric_average, recv_,
-    reducescatter, reducescatter_async, send, sparse_allreduce, sparse_allreduce_async, start_timeline, stop_timeline,
+    recv_async_, reducescatter, reducescatter_async, send, send_async, sparse_allreduce, sparse_allreduce_async,
+    start_timeline, stop_timeline,
 };
 pub use nn::SyncBatchNorm;
 pub use optim::{AdamW, Optimizer, ParamGroup, ShardedAdamW, TchOptimizer, named_parameters, named_variables};
@@ -61,9 +62,9 @@ pub use sampler::DistributedSampler;
 
 pub use hvd_core::{
     Allreduce, Backend, Capability, Compression, Observer, Phase, ProcessSet, ReduceOp, Topology, World, capabilities,
-    ccl_built, cross_rank, cross_size, cuda_built, ddl_built, gloo_built, init, init_with, is_initialised, local_rank,
-    local_size, mpi_built, mpi_enabled, mpi_threads_supported, nccl_built, rank, rocm_built, shm_built, shm_enabled,
-    shutdown, size, tcp_built, tcp_enabled, world,
+    ccl_built, cross_rank, cross_size, cuda_built, ddl_built, gloo_built, init, init_with, init_with_process_sets,
+    is_initialised, local_rank, local_size, mpi_built, mpi_enabled, mpi_threads_supported, nccl_built, rank,
+    rocm_built, shm_built, shm_enabled, shutdown, size, tcp_built, tcp_enabled, world,
 };
 
 /// Whether this process should write logs and files: rank 0, or a process without a world.

@@ -174,16 +174,21 @@ fn new_tensors_and_handles_of_every_kind() {
 
 #[test]
 fn tensors_go_from_rank_to_rank() {
+    const LONGER: u32 = 1000;
     watched(|| {
         ranks(2, |world| {
             for (tag, kind) in KINDS.into_iter().enumerate() {
                 let columns = filled(&[3, 2], 1, kind).tr();
                 if world.rank() == 0 {
-                    ops::send(&world, &columns, 1, tag as u32).unwrap();
+                    ops::send_async(&world, &columns, 1, tag as u32).unwrap().wait().unwrap();
+                    ops::send(&world, &columns, 1, LONGER).unwrap();
                 } else {
                     let outer = filled(&[2, 5], 0, kind);
                     ops::recv_(&world, &outer.narrow(1, 1, 3), 0, tag as u32).unwrap();
                     assert_eq!(values(&outer), [0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0], "{kind:?}");
+                    let shorter = ops::recv_async_(&world, &filled(&[5], 0, kind), 0, LONGER).unwrap();
+                    let error = shorter.wait().unwrap_err().to_string();
+                    assert!(error.contains("bytes for [5] of "), "{error}");
                 }
             }
         });

@@ -4,7 +4,7 @@ use std::sync::Once;
 
 use parking_lot::Mutex;
 
-use super::World;
+use super::{ProcessSet, World};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::logging;
@@ -42,6 +42,16 @@ pub fn init_with(config: impl FnOnce() -> Result<Config>) -> Result<World> {
     *slot = Some(world.clone());
     install_panic_hook();
     Ok(world)
+}
+
+/// As [`init`], and makes process sets, which all ranks must list alike. Gives each of them, or `None` where this rank is none of its
+/// ranks; see [`World::process_set`].
+///
+/// # Errors
+/// As [`init`] and [`World::process_set`].
+pub fn init_with_process_sets<R: AsRef<[usize]>>(sets: impl IntoIterator<Item = R>) -> Result<Vec<Option<ProcessSet>>> {
+    let world = init()?;
+    sets.into_iter().map(|ranks| world.process_set(ranks.as_ref())).collect()
 }
 
 /// Leaves the process's world in peace; see [`World::shutdown`]. Does nothing where there is none. [`init`] may be called

@@ -31,12 +31,13 @@ use crate::topology::Topology;
 use crate::transport::thread::ThreadTransport;
 
 pub use global::{
-    cross_rank, cross_size, init, init_with, is_initialised, local_rank, local_size, mpi_enabled,
-    mpi_threads_supported, rank, shm_enabled, shutdown, size, tcp_enabled, world,
+    cross_rank, cross_size, init, init_with, init_with_process_sets, is_initialised, local_rank, local_size,
+    mpi_enabled, mpi_threads_supported, rank, shm_enabled, shutdown, size, tcp_enabled, world,
 };
 pub use handles::{GroupVecHandle, JoinHandle, VecHandle};
 pub use process_set::ProcessSet;
 pub use shared::{SharedBuffer, SharedHandle};
+pub use sparse::SparseHandle;
 
 /// What serves large allreduces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

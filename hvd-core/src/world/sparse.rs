@@ -1,13 +1,43 @@
 //! Allreduce of tensors of which each rank has some rows.
 
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 
 use super::process_set::{ProcessSet, owned};
 use crate::dtype::Element;
+use crate::engine::GroupHandle;
 use crate::engine::submission::{OpKind, Submission};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 use crate::reduce::{ReduceOp, Reduction, combine, finish};
+
+/// A sparse allreduce under way. Dropping it does not cancel the operation.
+#[must_use = "the result is there only after `wait`"]
+pub struct SparseHandle<T> {
+    handle: GroupHandle,
+    width: usize,
+    op: ReduceOp,
+    ranks: usize,
+    elements: PhantomData<T>,
+}
+
+impl<T: Element> SparseHandle<T> {
+    /// Whether the operation is done. Never blocks.
+    pub fn poll(&self) -> bool {
+        self.handle.poll()
+    }
+
+    /// Waits for the operation; indices, ascending, and their rows.
+    ///
+    /// # Errors
+    /// As [`crate::Handle::wait`].
+    pub fn wait(self) -> Result<(Vec<i64>, Vec<T>)> {
+        let [indices, values] = two(self.handle.wait()?)?;
+        // SAFETY: the operations are done.
+        let (indices, values) = unsafe { (indices.into_vec::<i64>(), values.into_vec::<T>()) };
+        Ok(sum_rows(&indices, values, self.width, self.op, self.ranks))
+    }
+}
 
 impl ProcessSet {
     /// Sums or averages rows that each rank has of a large tensor: all ranks get the combined rows, by ascending index.
@@ -28,16 +58,41 @@ impl ProcessSet {
         width: usize,
         op: ReduceOp,
     ) -> Result<(Vec<i64>, Vec<T>)> {
+        self.start_sparse(name, indices, values, width, op, false)?.wait()
+    }
+
+    /// As [`ProcessSet::sparse_allreduce`], in the background.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] as there. What goes wrong later is the handle's to tell.
+    pub fn sparse_allreduce_async<T: Element>(
+        &self,
+        name: &str,
+        indices: &[i64],
+        values: &[T],
+        width: usize,
+        op: ReduceOp,
+    ) -> Result<SparseHandle<T>> {
+        self.start_sparse(name, indices, values, width, op, true)
+    }
+
+    fn start_sparse<T: Element>(
+        &self,
+        name: &str,
+        indices: &[i64],
+        values: &[T],
+        width: usize,
+        op: ReduceOp,
+        flush: bool,
+    ) -> Result<SparseHandle<T>> {
         check::<T>(indices, values, width, op).map_err(|detail| Error::Invalid(format!("`{name}`: {detail}")))?;
         let values = Submission {
             shape: vec![indices.len(), width],
             ..owned(format!("{name}.values"), values.to_vec(), OpKind::Allgather)
         };
         let indices = owned(format!("{name}.indices"), indices.to_vec(), OpKind::Allgather);
-        let [indices, values] = two(self.hand_in_group(name, vec![indices, values], false)?.wait()?)?;
-        // SAFETY: the operations are done.
-        let (indices, values) = unsafe { (indices.into_vec::<i64>(), values.into_vec::<T>()) };
-        Ok(sum_rows(&indices, values, width, op, self.size()))
+        let handle = self.hand_in_group(name, vec![indices, values], flush)?;
+        Ok(SparseHandle { handle, width, op, ranks: self.size(), elements: PhantomData })
     }
 }
 

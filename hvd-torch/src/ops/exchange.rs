@@ -1,6 +1,6 @@
 //! Operations that move elements and combine none: broadcast, allgather, alltoall, messages from rank to rank.
 
-use hvd_core::{OpKind, ProcessSet, World};
+use hvd_core::{OpKind, ProcessSet, VecHandle, World};
 use tch::Tensor;
 
 use super::gradient;
@@ -84,11 +84,66 @@ pub fn alltoall(set: &ProcessSet, tensor: &Tensor, name: &str, splits: Option<&[
     Ok((result, received))
 }
 
-/// Sends the elements of `tensor` to rank `peer`, which receives them under the same `tag`; see [`hvd_core::World::send`].
-pub fn send(world: &World, tensor: &Tensor, peer: usize, tag: u32) -> Result<()> {
+/// A message from one rank to another that is under way. Dropping it does not cancel it.
+#[must_use = "what is received is there, and a failure known, only after `wait`"]
+pub struct MessageHandle {
+    handle: VecHandle<u8>,
+    /// What is overwritten with a message that is received.
+    receiver: Option<Tensor>,
+}
+
+impl MessageHandle {
+    /// Whether [`MessageHandle::wait`] would return at once.
+    pub fn poll(&self) -> bool {
+        self.handle.poll()
+    }
+
+    /// Waits until the message has been sent, or is in the tensor.
+    ///
+    /// # Errors
+    /// If the number of bytes differs from the tensor's; see [`hvd_core::Handle::wait`].
+    pub fn wait(self) -> Result<()> {
+        let message = self.handle.wait()?;
+        let Some(tensor) = self.receiver else { return Ok(()) };
+        let staged = stage(&tensor)?;
+        let elements = memory::of(&staged)?;
+        if message.len() != elements.len() {
+            let (size, kind) = (tensor.size(), tensor.kind());
+            let text =
+                format!("a message of {} bytes for {size:?} of {kind:?}, {} bytes", message.len(), elements.len());
+            return Err(Error::invalid(text));
+        }
+        // SAFETY: the elements are those of a copy of ours, which nobody else touches.
+        unsafe { elements.as_mut_slice() }.copy_from_slice(&message);
+        tch::no_grad(|| tensor.shallow_clone().f_copy_(&staged))?;
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for MessageHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MessageHandle(into {:?})", self.receiver)
+    }
+}
+
+/// Starts to send the elements of `tensor`, which may be changed meanwhile, to rank `peer`, which receives them under the same `tag`; see
+/// [`hvd_core::World::send_async`].
+pub fn send_async(world: &World, tensor: &Tensor, peer: usize, tag: u32) -> Result<MessageHandle> {
     let elements = memory::of(&stage(tensor)?)?;
     // SAFETY: the elements are those of a copy of ours.
-    Ok(world.send::<u8>(peer, tag, unsafe { elements.as_slice() })?)
+    let message = unsafe { elements.as_slice() }.to_vec();
+    Ok(MessageHandle { handle: world.send_async(peer, tag, message)?, receiver: None })
+}
+
+/// As [`send_async`]; returns once the peer has begun to receive.
+pub fn send(world: &World, tensor: &Tensor, peer: usize, tag: u32) -> Result<()> {
+    send_async(world, tensor, peer, tag)?.wait()
+}
+
+/// Starts to receive what rank `peer` sends under `tag`: as many bytes as `tensor` has, and of the same kind, which is not checked.
+/// [`MessageHandle::wait`] overwrites the tensor.
+pub fn recv_async_(world: &World, tensor: &Tensor, peer: usize, tag: u32) -> Result<MessageHandle> {
+    Ok(MessageHandle { handle: world.recv_async(peer, tag)?, receiver: Some(tensor.shallow_clone()) })
 }
 
 /// Overwrites `tensor` with what rank `peer` sends under `tag`: as many bytes, and of the same kind, which is not checked.

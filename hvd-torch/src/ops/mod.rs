@@ -32,8 +32,8 @@ mod sparse;
 
 pub use crate::broadcast::{broadcast_optimizer_state, broadcast_parameters};
 pub use exchange::{
-    allgather, allgather_async, alltoall, alltoall_async, broadcast, broadcast_, broadcast_async, broadcast_async_,
-    grouped_allgather, grouped_allgather_async, recv_, send,
+    MessageHandle, allgather, allgather_async, alltoall, alltoall_async, broadcast, broadcast_, broadcast_async,
+    broadcast_async_, grouped_allgather, grouped_allgather_async, recv_, recv_async_, send, send_async,
 };
 pub(crate) use handle::copy_of;
 pub use handle::{GroupHandle, TensorHandle};
