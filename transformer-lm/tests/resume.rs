@@ -246,6 +246,92 @@ fn updates_that_are_not_finite_are_skipped_and_then_end_training() {
     assert!(message.contains("5 updates in a row had to be skipped") && message.contains("hint: lower"), "{message}");
 }
 
+/// Settings with which the first update ruins the weights, and all later ones are skipped.
+fn ruin(lab: &mut Lab) {
+    let training = &mut lab.config.training;
+    (training.learning_rate, training.warmup_steps) = (1e30, 0);
+    training.lr_schedule = transformer_lm::config::LrSchedule::Constant;
+    (training.save_interval, training.eval_interval, training.keep_checkpoints) = (1, 2, 1);
+}
+
+/// Every checkpoint of the run whose weights give a finite loss.
+fn assert_all_usable(run: &Path) -> Vec<String> {
+    let mut checkpoints = names(run);
+    checkpoints.retain(|name| name.starts_with("checkpoint_") || name.ends_with("_model"));
+    for name in &checkpoints {
+        let figures = evaluated(&["--checkpoint".as_ref(), run.join(name).as_os_str()]);
+        assert!(figures["loss"].as_f64().is_some_and(f64::is_finite), "{name}: {figures}");
+    }
+    checkpoints
+}
+
+#[test]
+fn a_diverged_run_keeps_what_is_usable_and_names_it() {
+    let mut lab = lab();
+    lab.config.training.save_interval = 5;
+    lab.config.training.max_steps = Some(10);
+    let run = lab.train("runs", None).unwrap().run.unwrap();
+    let healthy = lab.config.clone();
+    // Not from the last one, so that the first update, which is finite still, is saved on its own.
+    std::fs::remove_dir_all(run.join("final_model")).unwrap();
+    ruin(&mut lab);
+    lab.config.training.max_steps = Some(60);
+    let message = lab.train("runs", Some(Resume::Auto)).unwrap_err().to_string();
+    assert!(message.contains("11 updates in a row had to be skipped"), "{message}");
+    assert_eq!(assert_all_usable(&run), ["best_model", "checkpoint_epoch1_step10"]);
+    assert_eq!(names(&run.join("superseded")), ["checkpoint_epoch1_step11"]);
+
+    // The hint can be followed.
+    let (_, named) = message.split_once("--resume ").unwrap();
+    lab.config = healthy;
+    lab.config.training.max_steps = Some(12);
+    assert_eq!(lab.train("runs", Some(Resume::Path(named.into()))).unwrap().global_step, 12);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_is_never_the_best() {
+    let mut lab = lab();
+    ruin(&mut lab);
+    let message = lab.train("runs", None).unwrap_err().to_string();
+    assert!(message.contains("there is no checkpoint that is usable"), "{message}");
+    let run = std::fs::read_dir(lab.path("runs")).unwrap().next().unwrap().unwrap().path();
+    assert_eq!(assert_all_usable(&run), [""; 0]);
+    // Training that comes to its end so has no result either.
+    lab.config.training.max_steps = Some(4);
+    let message = lab.train("short", None).unwrap_err().to_string();
+    assert!(message.contains("final_model was not saved"), "{message}");
+}
+
+#[test]
+fn a_checkpoint_that_was_due_at_a_skipped_update_is_saved_after_the_next() {
+    let mut lab = lab();
+    let training = &mut lab.config.training;
+    // Once the window of the guard is full, whatever is above its mean is skipped.
+    (training.skip_outliers_z, training.max_skipped_in_a_row, training.max_steps) = (1e-9, 1000, Some(160));
+    (training.save_interval, training.eval_interval, training.log_interval) = (2, 0, 1);
+    let run = lab.train("runs", None).unwrap().run.unwrap();
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let rows: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let skipped = |step: u64| {
+        let row = rows.iter().find(|row| row["phase"] == "train" && row["global_step"] == step);
+        row.map_or(0, |row| row["skipped"].as_u64().unwrap())
+    };
+    let validated = |step: u64| rows.iter().any(|row| row["phase"] == "val" && row["global_step"] == step);
+    let (mut expected, mut overdue, mut withheld) = (Vec::new(), false, 0);
+    for step in 1..=160 {
+        let due = overdue || step % 2 == 0;
+        let usable = skipped(step) == skipped(step - 1) || validated(step);
+        expected.extend((due && usable).then_some(step));
+        withheld += u64::from(due && !usable);
+        overdue = due && !usable;
+    }
+    let saved = names(&run).into_iter().filter_map(|name| name.split_once("_step")?.1.parse().ok());
+    let mut saved: Vec<u64> = saved.collect();
+    saved.sort();
+    assert!(withheld > 0, "none was due at a skipped update");
+    assert_eq!(saved, expected);
+}
+
 #[test]
 fn the_record_holds_every_figure_and_a_sample() {
     let lab = lab();

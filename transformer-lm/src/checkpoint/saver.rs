@@ -52,12 +52,20 @@ fn copies(tensors: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
     tensors.iter().map(|(name, tensor)| (name.clone(), copy(tensor))).collect()
 }
 
-/// A checkpoint to write.
-struct Job {
-    name: String,
-    snapshot: Snapshot,
-    /// One of that name and step that is whole may stay.
-    may_stand: bool,
+/// What a failure to prune is reported under.
+pub(crate) const REMOVAL: &str = "older checkpoints";
+
+/// What the thread is asked for.
+enum Job {
+    /// To write a checkpoint.
+    Write {
+        name: String,
+        snapshot: Box<Snapshot>,
+        /// One of that name and step that is whole may stay.
+        may_stand: bool,
+    },
+    /// To remove the surplus.
+    Prune,
 }
 
 /// Writes checkpoints in the order they were given, in the background. At most one waits while another is written: then
@@ -71,14 +79,21 @@ pub struct Saver {
 }
 
 impl Saver {
-    /// A saver into `folder` that leaves the `keep` newest `checkpoint_epoch{E}_step{S}` there; 0 leaves all.
+    /// A saver into `folder` that, when asked to prune, leaves the `keep` newest `checkpoint_epoch{E}_step{S}` there; 0 leaves all.
     pub fn new(folder: PathBuf, keep: usize) -> Saver {
         let (jobs, work) = sync_channel::<Job>(1);
         let (failed, failures) = channel();
         let thread = std::thread::spawn(move || {
             for job in work {
-                if let Err(error) = write(&folder, &job).and_then(|()| prune(&folder, keep)) {
-                    let _ = failed.send((job.name, error)); // nobody listens only where nobody cares any more
+                let (name, outcome) = match job {
+                    Job::Write { name, snapshot, may_stand } => {
+                        let outcome = write(&folder, &name, &snapshot, may_stand);
+                        (name, outcome)
+                    }
+                    Job::Prune => (REMOVAL.to_string(), prune(&folder, keep)),
+                };
+                if let Err(error) = outcome {
+                    let _ = failed.send((name, error)); // nobody listens only where nobody cares any more
                 }
             }
         });
@@ -87,7 +102,15 @@ impl Saver {
 
     /// Has `snapshot` written under `name`. One that stands there whole at the same step is left alone if it `may_stand`.
     pub fn save(&mut self, name: &str, snapshot: &Snapshot, may_stand: bool) {
-        let job = Job { name: name.to_string(), snapshot: snapshot.share(), may_stand };
+        self.send(Job::Write { name: name.to_string(), snapshot: Box::new(snapshot.share()), may_stand });
+    }
+
+    /// Has the surplus removed, once what was given before is written.
+    pub fn prune(&mut self) {
+        self.send(Job::Prune);
+    }
+
+    fn send(&self, job: Job) {
         if let Some(jobs) = &self.jobs {
             let _ = jobs.send(job); // the thread ends before only if it panics, which `finish` finds
         }
@@ -113,11 +136,13 @@ impl Drop for Saver {
     }
 }
 
-fn write(folder: &Path, job: &Job) -> Result<()> {
-    let snapshot = &job.snapshot;
+fn write(folder: &Path, name: &str, snapshot: &Snapshot, may_stand: bool) -> Result<()> {
     let step = snapshot.state.global_step;
-    if job.may_stand && verify(&folder.join(&job.name)).is_ok_and(|there| there.global_step == step) {
+    if may_stand && verify(&folder.join(name)).is_ok_and(|there| there.global_step == step) {
         return Ok(());
+    }
+    if let Some((name, _)) = snapshot.model.iter().find(|(_, weight)| !is_finite(weight)) {
+        return Err(Error::Training(format!("`{name}` holds weights that are not finite")));
     }
     let contents = Contents {
         model: &snapshot.model,
@@ -126,5 +151,9 @@ fn write(folder: &Path, job: &Job) -> Result<()> {
         config: &snapshot.config,
         tokenizer: snapshot.tokenizer.as_deref(),
     };
-    save_checkpoint(folder, &job.name, &contents).map(drop)
+    save_checkpoint(folder, name, &contents).map(drop)
+}
+
+fn is_finite(tensor: &Tensor) -> bool {
+    tensor.isfinite().all().int64_value(&[]) == 1
 }

@@ -142,12 +142,15 @@ fn a_saver_writes_in_order_and_reports_what_failed() {
         let taken = snapshot(step);
         saver.save(&format!("checkpoint_epoch1_step{step}"), &taken, false);
         saver.save("best_model", &taken, false);
+        saver.prune();
     }
     std::fs::write(folder.path().join("final_model"), "in the way").unwrap();
     saver.save("final_model", &snapshot(5), false);
+    let broken = [("w".to_string(), Tensor::from_slice(&[1.0f32, f32::NAN]))];
+    saver.save("best_model", &Snapshot::take(&broken, &[], state(6), Config::default(), None), false);
     let failed = saver.finish();
-    assert_eq!(failed.len(), 1);
-    assert_eq!(failed[0].0, "final_model");
+    assert_eq!(failed.iter().map(|(name, _)| &**name).collect::<Vec<_>>(), ["final_model", "best_model"]);
+    assert!(failed[1].1.to_string().contains("`w` holds weights that are not finite"), "{}", failed[1].1);
     let mut names: Vec<_> = checkpoints_in(folder.path());
     names.sort();
     assert_eq!(names, ["best_model", "checkpoint_epoch1_step3", "checkpoint_epoch1_step4"]);

@@ -34,6 +34,8 @@ pub(super) struct Journal {
     failing: bool,
     /// Why the last checkpoint could not be written.
     lost: Option<Error>,
+    /// Whether a checkpoint was saved whose weights no loss has shown to be good yet: older ones then stay.
+    unproven: bool,
 }
 
 impl Journal {
@@ -62,6 +64,7 @@ impl Journal {
             flops,
             failing: false,
             lost: None,
+            unproven: false,
         };
         for path in superseded {
             journal.say(&format!("resume: moved a later checkpoint to {}", path.display()));
@@ -182,19 +185,40 @@ impl Journal {
         let tokenizer = Some(&*self.tokenizer);
         let snapshot = Snapshot::take(&learner.model.parameters(), moments, state, self.config.clone(), tokenizer);
         names.iter().for_each(|name| self.saver.save(name, &snapshot, may_stand));
+        self.unproven = true;
         let failures = self.saver.failures();
         self.warn_of(failures);
+    }
+
+    /// The weights that were saved last have given a finite loss: older checkpoints may go.
+    pub fn proven(&mut self) {
+        if std::mem::take(&mut self.unproven) {
+            self.saver.prune();
+        }
     }
 
     /// The older checkpoints are whole: training can go on, but without the last one a run has not succeeded.
     fn warn_of(&mut self, failures: Vec<(String, Error)>) {
         for (name, error) in failures {
-            if name == FINAL {
-                self.lost = Some(error);
-            } else {
-                self.say(&format!("warning: {name} was not saved: {error}"));
+            match &*name {
+                FINAL => self.lost = Some(error),
+                checkpoint::REMOVAL => self.say(&format!("warning: {name} were not removed: {error}")),
+                _ => self.say(&format!("warning: {name} was not saved: {error}")),
             }
         }
+    }
+
+    /// The newest checkpoint that is whole, once all are written. Where the weights of update `made` are `broken`, what was saved of
+    /// them is set aside before.
+    pub fn usable(&mut self, root: &Path, broken: bool, made: u64) -> Result<Option<PathBuf>> {
+        let failures = self.saver.finish();
+        self.warn_of(failures);
+        if broken {
+            for path in checkpoint::set_aside_later(root, made.saturating_sub(1))? {
+                self.say(&format!("moved a checkpoint whose loss is not finite to {}", path.display()));
+            }
+        }
+        Ok(checkpoint::find_newest(root)?.newest.map(|(path, _)| path))
     }
 
     /// Waits for the last checkpoints and takes the bar away.
@@ -202,6 +226,7 @@ impl Journal {
     /// # Errors
     /// Where the last of them, `final_model`, could not be written.
     pub fn close(&mut self) -> Result<()> {
+        self.proven();
         let failures = self.saver.finish();
         self.warn_of(failures);
         self.progress.finish();

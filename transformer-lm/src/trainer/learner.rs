@@ -227,7 +227,7 @@ fn gives_up(guard: &Guard, loss: f64, norm: Option<f64>, lr: f64, step: u64) -> 
     let rows = guard.state.in_a_row;
     Error::Training(format!(
         "{rows} updates in a row had to be skipped, the last at step {step} (loss {loss}{norm}, learning rate {lr:e})\n\
-         hint: lower training.learning_rate or raise training.warmup_steps, then go on from the last checkpoint with --resume"
+         hint: lower training.learning_rate or raise training.warmup_steps"
     ))
 }
 

@@ -100,6 +100,12 @@ struct Run<'a> {
     run: Option<PathBuf>,
     /// Of the updates since the last row.
     pace: Pace,
+    /// Whether the last figure was a finite validation loss or that of an update that was made: other weights are not saved.
+    usable: bool,
+    /// Whether a checkpoint was due while they were not: the next weights that are usable are saved.
+    overdue: bool,
+    /// The last update that was made, not skipped.
+    made: u64,
 }
 
 impl<'a> Run<'a> {
@@ -127,9 +133,13 @@ impl<'a> Run<'a> {
             journal: None,
             run: None,
             pace: Pace::default(),
+            usable: true,
+            overdue: false,
+            made: 0,
             config,
         };
         run.take_up(resume, run_name, &shape, device)?;
+        run.made = run.state.global_step;
         let CheckpointState { epoch, step, .. } = run.state;
         run.batches = match run.config.training.overfit_one_batch {
             true => run.train.repeated(),
@@ -247,12 +257,22 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let batches = self.batches.next().unwrap_or_else(|| Ok(Vec::new()))?;
         profile::mark(&self.setup.world, profile::DATA, started);
-        let update = self.learner.update(&batches, lr, done, logs)?;
+        let update = match self.learner.update(&batches, lr, done, logs) {
+            Err(Error::Training(reason)) if self.learner.guard.gives_up() => return Err(self.give_up(reason)?),
+            update => update?,
+        };
         profile::mark(&self.setup.world, profile::UPDATE, started);
         self.pace.add(update.sums.tokens, started.elapsed().as_secs_f64(), update.waited);
         self.advance(update.sums.mean_loss());
+        self.usable = update.skipped.is_none() && self.state.loss.is_some();
+        if update.skipped.is_none() {
+            self.made = self.state.global_step;
+        }
         let every = self.config.training.histogram_interval;
         if let Some(journal) = &mut self.journal {
+            if self.usable {
+                journal.proven(); // this loss was that of the weights that were saved last
+            }
             journal.tick(done + 1, &update, lr, self.pace.tokens_per_s());
             journal.skipped(done + 1, &update);
             if logs {
@@ -295,9 +315,10 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let sums = self.evaluator.evaluate(&self.learner.model, &self.setup.world)?;
         profile::mark(&self.setup.world, profile::VALIDATION, started);
-        let best = self.state.best_val_loss.is_none_or(|best| sums.mean_loss() < best);
+        self.usable = sums.mean_loss().is_finite();
+        let best = self.usable && self.state.best_val_loss.is_none_or(|best| sums.mean_loss() < best);
         if best {
-            self.state.best_val_loss = Some(sums.mean_loss()).filter(|loss| loss.is_finite());
+            self.state.best_val_loss = Some(sums.mean_loss());
         }
         self.state.validations_since_best = if best { 0 } else { self.state.validations_since_best + 1 };
         let place = self.last_place();
@@ -336,7 +357,7 @@ impl<'a> Run<'a> {
         let epoch = if at_edge { epoch } else { epoch + 1 };
         let every = self.config.training.save_interval;
         let names = [
-            (every > 0 && global_step.is_multiple_of(every))
+            (self.overdue || every > 0 && global_step.is_multiple_of(every))
                 .then(|| format!("checkpoint_epoch{epoch}_step{global_step}")),
             at_edge.then(|| format!("checkpoint_epoch{epoch}")),
             (global_step >= self.total || self.has_converged()).then(|| FINAL.to_string()),
@@ -344,9 +365,18 @@ impl<'a> Run<'a> {
         names.into_iter().flatten().collect()
     }
 
-    /// Has these checkpoints written. All ranks call it: the optimizer's state may lie on all of them.
+    /// Has these checkpoints written, if the weights are usable. All ranks call it: the optimizer's state may lie on all of them.
     fn save(&mut self, names: Vec<String>) -> Result<()> {
         if names.is_empty() {
+            return Ok(());
+        }
+        let was_overdue = std::mem::replace(&mut self.overdue, !self.usable);
+        if self.overdue {
+            if let Some(journal) = self.journal.as_ref().filter(|_| !was_overdue) {
+                journal.say(
+                    "warning: no checkpoint is saved until there is a finite loss and an update that is not skipped",
+                );
+            }
             return Ok(());
         }
         let started = Instant::now();
@@ -358,9 +388,31 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// Why training ends without a result: `reason`, and what to go on from. All ranks call it and have the same answer.
+    fn give_up(&mut self, reason: String) -> Result<Error> {
+        let broken = !self.evaluator.evaluate(&self.learner.model, &self.setup.world)?.mean_loss().is_finite();
+        let advice = match (&mut self.journal, &self.run) {
+            (Some(journal), Some(run)) => Some(match journal.usable(run, broken, self.made)? {
+                Some(path) => format!(", then go on with --resume {}", path.display()),
+                None => ", then start again: there is no checkpoint that is usable".to_string(),
+            }),
+            _ => None,
+        };
+        let advice = self.setup.world.broadcast_object("run.advice", advice, 0).map_err(hvd_torch::Error::from)?;
+        Ok(Error::Training(format!("{reason}{advice}")))
+    }
+
     fn finish(mut self) -> Result<Summary> {
         if self.config.training.profile.is_some() {
             self.setup.world.stop_timeline();
+        }
+        if !self.usable {
+            let step = self.state.global_step;
+            let reason = format!(
+                "the validation loss after the last update, {step}, is not finite: final_model was not saved\n\
+                 hint: lower training.learning_rate or raise training.warmup_steps"
+            );
+            return Err(self.give_up(reason)?);
         }
         let stopped_early = self.has_converged() && self.state.global_step < self.total;
         let CheckpointState { global_step, loss, best_val_loss, .. } = self.state;
