@@ -259,7 +259,8 @@ fn a_text_is_saved_where_there_is_one_and_replaces_a_file_only_when_told() {
     let text = converse(&path, &format!("abc\n/save {name}\n"));
     assert!(text.contains(&format!("{name} is there already; /save! {name} replaces it")), "{text}");
     assert_eq!(content(), "precious");
-    let text = converse(&path, &format!("abc\n/save! {name}\n"));
+    let text = converse(&path, &format!("abc\n/save! {name}\n/stats\n"));
+    assert!(text.contains("\n1 reply: 6 tokens in"), "{text}");
     assert!(text.contains("bytes in") && content().starts_with("abc"), "{text}");
 }
 

@@ -402,8 +402,9 @@ fn one_batch_can_be_learnt_by_heart() {
     lab.config.training.max_steps = Some(150);
     lab.config.training.lr_schedule = transformer_lm::config::LrSchedule::Constant;
     lab.config.model.dropout = 0.0;
-    let by_heart = lab.train("one", None).unwrap().loss.unwrap();
-    assert!(by_heart < 0.5, "{by_heart}");
+    lab.config.training.early_stopping_patience = Some(1); // of what is held out it knows less and less, which must not end it
+    let summary = lab.train("one", None).unwrap();
+    assert!(summary.global_step == 150 && summary.loss.unwrap() < 0.5, "{summary:?}");
 }
 
 fn train_command(lab: &Lab, sets: &[&str], flags: &[&str]) -> std::process::Output {
@@ -421,7 +422,7 @@ fn a_plan_is_told_and_nothing_is_written() {
     let text = String::from_utf8(output.stdout).unwrap();
     let parts = [
         "8,704",
-        "8 sequences = 1 ranks x 4 micro-batches x 2; 64 tokens",
+        "8 sequences = 1 rank x 4 micro-batches x 2; 64 tokens",
         "30 of which 24 are an epoch",
         "s an update",
     ];
@@ -429,6 +430,32 @@ fn a_plan_is_told_and_nothing_is_written() {
     assert!(!lab.path("commanded").exists());
     let output = train_command(&lab, &["training.global_batch_size=100000"], &["--dry-run"]);
     assert!(String::from_utf8_lossy(&output.stderr).contains("too few for an update"));
+}
+
+#[test]
+fn a_plan_needs_no_data() {
+    let lab = lab();
+    let missing = ["data.data_dir=no/data", "model.vocab_size=50304"];
+    let plan = |more: &str| {
+        let output = train_command(&lab, &[&missing[..], &[more]].concat(), &["--dry-run"]);
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = plan("training.max_steps=30");
+    for part in [
+        "no/data is missing, a vocabulary of 50304 assumed",
+        "`lm prepare --input FILE… --tokenizer gpt2 --output no/data`",
+        "8 sequences = 1 rank x 4 micro-batches x 2; 64 tokens",
+        "updates          30; how many are an epoch, the data will tell",
+        "h in all",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let text = plan("training.max_steps=null");
+    assert!(text.contains("as the data will tell") && !text.contains("in all"), "{text}");
+    let output = train_command(&lab, &missing, &[]);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("--tokenizer byte|char|gpt2|bpe --output no/data"), "{error}");
 }
 
 /// The most memory of a training whose activations are far larger than its weights.

@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::Result;
 use crate::config::AmpDtype;
+use crate::metrics::count;
 use crate::stdout::say;
 use crate::trainer::{Benchmark, Measured, Preset, setup_horovod};
 
@@ -83,8 +84,9 @@ impl BenchmarkArgs {
         }
         let Measured { preset, dtype, products, ranks, threads, batch, step_ms, tokens_per_s, loss, waiting } =
             measured;
+        let (ranks, threads, batch) = (count(*ranks, "rank"), count(*threads, "thread"), count(*batch, "sequence"));
         format!(
-            "{preset} {dtype} (products in {products}), {ranks} ranks of {threads} threads, {batch} sequences each: {step_ms:.1} ms per update, \
+            "{preset} {dtype} (products in {products}), {ranks} of {threads}, {batch} each: {step_ms:.1} ms per update, \
              {tokens_per_s:.0} tokens/s, {:.1} % of the time waiting; loss {loss:.4}",
             100.0 * waiting
         )

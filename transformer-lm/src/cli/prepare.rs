@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 
 use crate::data::{PrepareOptions, PrepareSummary, TokenizerKind, Verified, prepare, verify};
+use crate::metrics::count;
 use crate::stdout::say;
 use crate::{Error, Result};
 
@@ -104,7 +105,7 @@ fn describe(summary: &PrepareSummary, options: &PrepareOptions) -> String {
     let PrepareSummary { files, documents, bytes, train_tokens, val_tokens, vocab_size, tokenizer, .. } = summary;
     let tokens = train_tokens + val_tokens;
     let output = options.output.display();
-    let (files, documents) = (count(*files as u64, "file"), count(*documents, "document"));
+    let (files, documents) = (count(*files, "file"), count(*documents as usize, "document"));
     format!(
         "{files}, {documents}, {bytes} bytes, {tokens} tokens ({tokenizer}, vocabulary {vocab_size})\n\
          {output}: {train_tokens} tokens to train on, {val_tokens} held out"
@@ -113,11 +114,6 @@ fn describe(summary: &PrepareSummary, options: &PrepareOptions) -> String {
 
 fn describe_verified(verified: &Verified) -> String {
     let Verified { train_tokens, val_tokens, shards, bytes, checksum } = verified;
-    let shards = count(*shards as u64, "shard");
+    let shards = count(*shards, "shard");
     format!("verified: {shards}, {train_tokens} + {val_tokens} tokens, {bytes} bytes of text (CRC-32 {checksum:08x})")
-}
-
-fn count(number: u64, what: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number} {what}{plural}")
 }

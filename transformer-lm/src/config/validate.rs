@@ -175,5 +175,8 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
         warnings
             .push(format!("training.warmup_steps = {warmup} exceeds max_steps = {steps}: the peak is never reached"));
     }
+    if training.overfit_one_batch && training.early_stopping_patience.is_some() {
+        warnings.push("training.early_stopping_patience is ignored with training.overfit_one_batch".into());
+    }
     warnings
 }

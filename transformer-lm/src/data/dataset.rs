@@ -150,8 +150,7 @@ pub struct PreparedData {
 pub fn load_preprocessed_data(data_dir: impl AsRef<Path>) -> Result<PreparedData> {
     let folder = data_dir.as_ref();
     if !folder.is_dir() {
-        let text = "no such folder; make it with `lm prepare --input FILE… --tokenizer byte --output FOLDER`";
-        return Err(Error::data(folder, text));
+        return Err(Error::data(folder, format!("no such folder; make it with `{}`", preparation(folder, None))));
     }
     let tokenizer = Tokenizer::load(folder)?;
     let (train, val) = (TokenDataset::open(folder, TRAIN)?, TokenDataset::open(folder, VAL)?);
@@ -166,6 +165,12 @@ pub fn load_preprocessed_data(data_dir: impl AsRef<Path>) -> Result<PreparedData
         }
     }
     Ok(PreparedData { train, val, tokenizer, vocab_size })
+}
+
+/// The command that makes a data folder.
+pub(crate) fn preparation(folder: &Path, tokenizer: Option<&str>) -> String {
+    let tokenizer = tokenizer.unwrap_or("byte|char|gpt2|bpe");
+    format!("lm prepare --input FILE… --tokenizer {tokenizer} --output {}", folder.display())
 }
 
 /// Of how many shards a part is made, by the name of any of them; one where there is none.

@@ -18,6 +18,7 @@ mod verify;
 
 pub use bpe::BytePairs;
 pub(crate) use bpe::symbol;
+pub(crate) use dataset::preparation;
 pub use dataset::{PreparedData, TRAIN, TokenDataset, VAL, load_preprocessed_data};
 pub use loader::{BatchStream, LoaderConfig, TrainLoader, ValBatches, ValLoader, get_dataloaders, loaders_of};
 pub use prepare::{PrepareOptions, PrepareSummary, TokenizerKind, prepare};

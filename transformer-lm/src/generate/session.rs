@@ -187,7 +187,8 @@ impl<'a> Session<'a> {
 
     fn stats(&self) -> String {
         let (last, all) = (self.last_stats.describe(), self.all_stats.describe());
-        format!("last reply: {last}\n{} replies: {all}\n", self.replies)
+        let replies = if self.replies == 1 { "reply" } else { "replies" };
+        format!("last reply: {last}\n{} {replies}: {all}\n", self.replies)
     }
 
     fn load(&mut self, path: &Path, out: &mut dyn Write) -> Result<()> {

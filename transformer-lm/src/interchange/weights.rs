@@ -8,7 +8,7 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::layout::{Entry, entries};
-use crate::model::{ModelConfig, TransformerLM, read_weights};
+use crate::model::{ModelConfig, TransformerLM, not_written, read_weights};
 use crate::{Error, Result};
 
 /// The file of a model that is kept in one.
@@ -43,7 +43,7 @@ pub(super) fn write(model: &TransformerLM, path: &Path) -> Result<()> {
     let views: Vec<_> = views.collect::<Result<_>>()?;
     // `transformers` refuses a file that does not say so.
     let metadata = Some(HashMap::from([("format".to_string(), "pt".to_string())]));
-    serialize_to_file(views, &metadata, path).map_err(|error| Error::data(path, format!("cannot be written: {error}")))
+    serialize_to_file(views, &metadata, path).map_err(|error| not_written(path, error))
 }
 
 /// A tensor as bytes.

@@ -26,7 +26,7 @@ pub use jsonl::MetricsJsonl;
 pub(crate) use metadata::host;
 pub use metadata::{Device, RunMetadata};
 pub use progress::Progress;
-pub(crate) use progress::thousands;
+pub(crate) use progress::{count, thousands};
 pub use recorder::Recorder;
 pub use row::{Figures, Phase, Row};
 pub use tensorboard::{EventFile, Histogram};

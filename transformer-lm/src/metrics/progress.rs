@@ -70,8 +70,26 @@ pub(crate) fn thousands(value: f64) -> String {
     text
 }
 
+/// 1 `rank`, 2 `rank`s.
+pub(crate) fn count(number: usize, what: &str) -> String {
+    let plural = match number {
+        1 => "",
+        _ if what.ends_with("ch") => "es",
+        _ => "s",
+    };
+    format!("{number} {what}{plural}")
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn one_is_no_plural() {
+        let cases = [(0, "rank", "0 ranks"), (1, "rank", "1 rank"), (2, "micro-batch", "2 micro-batches")];
+        for (number, what, text) in cases {
+            assert_eq!(super::count(number, what), text);
+        }
+    }
+
     #[test]
     fn thousands_are_set_apart() {
         let cases = [(0.0, "0"), (999.4, "999"), (1000.0, "1,000"), (1234567.0, "1,234,567")];

@@ -46,6 +46,7 @@ pub use cache::KvCache;
 pub use config::{ModelConfig, Positions};
 pub use decode::{Generation, GenerationParams};
 pub use loss::{IGNORE_INDEX, LossSums};
+pub(crate) use weights::not_written;
 pub use weights::{copy_weights, read_weights, write_weights};
 
 /// Standard deviation of the first weights.

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use tch::Tensor;
+use safetensors::SafeTensorError;
+use tch::{TchError, Tensor};
 
 use super::TransformerLM;
 use crate::{Error, Result};
@@ -25,8 +26,18 @@ pub fn read_weights(path: &Path) -> Result<Vec<(String, Tensor)>> {
 pub fn write_weights(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
     let tensors: Vec<(&str, Tensor)> =
         tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.detach().contiguous())).collect();
-    Tensor::write_safetensors(&tensors, path)
-        .map_err(|error| Error::data(path, format!("cannot be written ({})", reason(path, &error))))
+    Tensor::write_safetensors(&tensors, path).map_err(|error| match error {
+        TchError::SafeTensorError { err, .. } => not_written(path, err),
+        error => Error::data(path, format!("cannot be written ({})", reason(path, &error))),
+    })
+}
+
+/// Why the safetensors file at `path` could not be written; where the system refused, in its words.
+pub(crate) fn not_written(path: &Path, error: SafeTensorError) -> Error {
+    match error {
+        SafeTensorError::IoError(error) => Error::io("write", path)(error),
+        error => Error::data(path, format!("cannot be written: {error}")),
+    }
 }
 
 /// What tch says, without the path that it says, too, and without a stack of calls.

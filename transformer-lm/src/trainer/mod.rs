@@ -304,9 +304,11 @@ impl<'a> Run<'a> {
         step == self.total || self.state.step == 0 || (interval > 0 && step.is_multiple_of(interval))
     }
 
-    /// Whether the loss over the held-out part has not fallen for as long as the configuration's patience.
+    /// Whether the loss over the held-out part has not fallen for as long as the configuration's patience. Of one batch learnt by
+    /// heart it says nothing.
     fn has_converged(&self) -> bool {
-        let patience = self.config.training.early_stopping_patience;
+        let training = &self.config.training;
+        let patience = training.early_stopping_patience.filter(|_| !training.overfit_one_batch);
         patience.is_some_and(|patience| self.state.validations_since_best >= patience)
     }
 
@@ -452,8 +454,11 @@ impl<'a> Run<'a> {
                 self.learner.precision.of_products()
             ),
             format!(
-                "batch: {} sequences per update = {ranks} ranks x {} micro-batches x {} sequences",
-                plan.global, plan.accumulation, plan.micro
+                "batch: {} per update = {} x {} x {}",
+                metrics::count(plan.global, "sequence"),
+                metrics::count(ranks, "rank"),
+                metrics::count(plan.accumulation, "micro-batch"),
+                metrics::count(plan.micro, "sequence")
             ),
             format!(
                 "steps: {} of {} updates done; {per_epoch} updates are an epoch; held out: {} tokens",

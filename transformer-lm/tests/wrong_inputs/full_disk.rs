@@ -7,7 +7,7 @@ use std::process::Command;
 use tempfile::TempDir;
 use transformer_lm::checkpoint::verify;
 
-use super::lab::{Lab, run};
+use super::lab::{Lab, RUN, run};
 
 /// A file system of its own in memory; goes with the value.
 struct Disk(TempDir);
@@ -64,6 +64,7 @@ fn training_goes_on_and_older_checkpoints_stay() {
     assert_eq!(output.status.code(), Some(1), "{said}{complaint}");
     assert!(said.contains("_step11 was not saved: ") && said.contains("No space left on device"), "{said}");
     assert!(complaint.contains("final_model") && complaint.contains("No space left on device"), "{complaint}");
+    assert!(!said.contains("IoError") && !complaint.contains("IoError"), "{said}{complaint}");
 
     // All updates were made, and what was saved before is whole.
     let (logs, _) = run_in(&folder.path().join("logs"));
@@ -86,5 +87,20 @@ fn training_goes_on_and_older_checkpoints_stay() {
     for name in ["model.safetensors", "optimizer.safetensors"] {
         let weights = |run: &Path| fs::read(run.join("final_model").join(name)).unwrap();
         assert!(weights(&saved) == weights(&undisturbed), "{name} differs");
+    }
+}
+
+#[test]
+fn models_that_do_not_fit_are_refused_in_the_systems_words() {
+    let Some(disk) = Disk::new("16k") else { return };
+    let folder = Lab::new().folder();
+    let made = run(folder.path(), &format!("lm export --checkpoint {RUN} --output exported"));
+    assert!(made.status.success(), "{made:?}");
+    for line in [format!("lm export --checkpoint {RUN}"), "lm import --input exported".into()] {
+        let output = run(folder.path(), &format!("{line} --output {}/new", disk.0.path().display()));
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        let expected = "model.safetensors: No space left on device (os error 28)\n";
+        assert!(output.status.code() == Some(1) && complaint.ends_with(expected), "{line}: {complaint}");
+        assert_eq!(fs::read_dir(disk.0.path()).unwrap().count(), 0, "{line}");
     }
 }
