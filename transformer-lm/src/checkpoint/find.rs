@@ -92,6 +92,19 @@ pub fn set_aside_later(folder: &Path, global_step: u64) -> Result<Vec<PathBuf>> 
     Ok(moved)
 }
 
+/// The checkpoint that [`resolve`] finds, with every file as `state.json` says. Where it has no optimizer's state it was stripped for
+/// generation: its list of files does not hold then, and is not looked at.
+///
+/// # Errors
+/// [`Error::Checkpoint`] where there is none, or where a file is missing or damaged.
+pub fn resolve_whole(path: &Path) -> Result<PathBuf> {
+    let folder = resolve(path)?;
+    if folder.join("optimizer.safetensors").exists() {
+        verify(&folder)?;
+    }
+    Ok(folder)
+}
+
 /// The checkpoint that a person means by `path`: itself, or in a run's folder its `best_model`, else its newest
 /// whole one, or in a folder of runs that of the newest run.
 ///

@@ -33,7 +33,7 @@ use crate::{Error, Result};
 
 pub use files::{clean_leftovers, write_atomically};
 pub(crate) use files::{publish, sync_all};
-pub use find::{Found, find_newest, prune, resolve, set_aside_later};
+pub use find::{Found, find_newest, prune, resolve, resolve_whole, set_aside_later};
 pub(crate) use saver::REMOVAL;
 pub use saver::{Saver, Snapshot};
 pub use state::{CheckpointState, FORMAT_VERSION, GuardState, ScalerState, read_state, verify};

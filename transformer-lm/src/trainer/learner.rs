@@ -95,10 +95,10 @@ impl Learner {
     /// Takes the weights of a checkpoint, or of a run's best, if there is a path.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`], [`Error::Data`]: none there, or one of another model.
+    /// [`Error::Checkpoint`], [`Error::Data`]: none there, one that is damaged, or one of another model.
     pub fn init_from(&mut self, path: Option<&Path>) -> Result<()> {
         let Some(path) = path else { return Ok(()) };
-        let file = checkpoint::resolve(path)?.join("model.safetensors");
+        let file = checkpoint::resolve_whole(path)?.join("model.safetensors");
         copy_weights(&self.model, read_weights(&file)?, &file)
     }
 

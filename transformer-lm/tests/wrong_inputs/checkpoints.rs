@@ -52,7 +52,7 @@ fn flip_last(mut bytes: Vec<u8>) -> Vec<u8> {
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 
-/// What nobody takes: neither training nor generating nor measuring.
+/// What nobody takes: neither training, be it on or from its weights, nor generating nor measuring.
 const UNREADABLE: &[(&str, Damage, &str)] = &[
     ("no folder", |f| fs::remove_dir_all(checkpoint(f)).unwrap(), "there is no such folder"),
     ("empty state", |f| fs::write(file(f, "state.json"), "").unwrap(), "state.json is damaged: EOF"),
@@ -112,6 +112,7 @@ fn unreadable_checkpoints() {
     for (name, damage, message) in UNREADABLE {
         for line in [
             "train --config config.yaml --set training.max_steps=6 --resume CHECKPOINT",
+            "train --config config.yaml --set training.init_from=CHECKPOINT",
             "generate --prompt a --max_new_tokens 3 --checkpoint CHECKPOINT",
             "lm evaluate --checkpoint CHECKPOINT",
         ] {
