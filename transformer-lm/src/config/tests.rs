@@ -36,7 +36,7 @@ const WRONG: &[(&str, &[&str])] = &[
     ("training: {global_batch_size: 0}", &["training.global_batch_size = 0"]),
     ("training: {learning_rate: 0}", &["training.learning_rate = 0", "greater than 0"]),
     ("training: {learning_rate: .inf}", &["training.learning_rate", "greater than 0"]),
-    ("training: {min_lr: 1}", &["training.min_lr = 1", "at most training.learning_rate"]),
+    ("training: {min_lr: 1}", &["training.min_lr = 1", "above training.learning_rate = 0.0003 (c.yaml (by default))"]),
     ("training: {lr_schedule: step}", &["training.lr_schedule = \"step\"", "linear, cosine, constant"]),
     ("training: {lr_decay_share: 1.5}", &["training.lr_decay_share = 1.5", "at most 1"]),
     ("training: {weight_decay_on: biases}", &["training.weight_decay_on = \"biases\"", "matrices, all"]),

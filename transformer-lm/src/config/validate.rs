@@ -91,7 +91,7 @@ pub(super) fn check(config: &Config, source_of: impl Fn(&str) -> String) -> Resu
         let value = path.split('.').try_fold(&tree, |value, key| value.get(key)).map(layers::show);
         return Err(Error::Config(wrong_value(&source_of(path), path, &value.unwrap_or_default())));
     }
-    match contradiction(config) {
+    match contradiction(config, &source_of) {
         Some((path, text)) => Err(Error::Config(format!("{}: {text}", source_of(path)))),
         None => Ok(()),
     }
@@ -121,7 +121,7 @@ fn out_of_range(config: &Config) -> Option<&'static str> {
         ("training.per_gpu_batch_size", training.per_gpu_batch_size >= 1),
         ("training.global_batch_size", training.global_batch_size != Some(0)),
         ("training.learning_rate", positive(training.learning_rate)),
-        ("training.min_lr", not_negative(training.min_lr) && training.min_lr <= training.learning_rate),
+        ("training.min_lr", not_negative(training.min_lr)),
         ("training.lr_decay_share", (0.0..=1.0).contains(&training.lr_decay_share)),
         ("training.weight_decay", not_negative(training.weight_decay)),
         ("training.betas", training.betas.into_iter().all(share)),
@@ -148,13 +148,22 @@ fn out_of_range(config: &Config) -> Option<&'static str> {
 }
 
 /// Values that are fine alone but not together: the key to blame and the text.
-fn contradiction(config: &Config) -> Option<(&'static str, String)> {
+fn contradiction(config: &Config, source_of: impl Fn(&str) -> String) -> Option<(&'static str, String)> {
     let (model, training) = (&config.model, &config.training);
     if !model.d_model.is_multiple_of(model.n_heads) {
         let (width, heads) = (model.d_model, model.n_heads);
         return Some((
             "model.n_heads",
             format!("model.n_heads = {heads} does not divide model.d_model = {width}: expected a divisor of {width}"),
+        ));
+    }
+    if training.min_lr > training.learning_rate {
+        let (least, peak, source) = (training.min_lr, training.learning_rate, source_of("training.learning_rate"));
+        return Some((
+            "training.min_lr",
+            format!(
+                "training.min_lr = {least:?} is above training.learning_rate = {peak:?} ({source}): expected at most that"
+            ),
         ));
     }
     if training.amp_dtype == AmpDtype::Fp16 && training.device == DeviceChoice::Cpu {

@@ -108,16 +108,23 @@ pub fn check(path: &Path, saved: &CheckpointState, fresh: &CheckpointState) -> R
         ));
     }
     saved.check_position().map_err(|malformed| Error::checkpoint(path, malformed.to_string()))?;
-    let pairs = [
-        ("seed", saved.seed, fresh.seed),
-        ("sequences per update", saved.global_batch_size as u64, fresh.global_batch_size as u64),
-        ("updates per epoch (the data or max_seq_len)", saved.batches_per_epoch, fresh.batches_per_epoch),
+    let (seed, batch) = (saved.seed, saved.global_batch_size);
+    let data = "take the data and model.max_seq_len of the run's config_used.yaml".to_string();
+    let compared = [
+        ("seed", seed, fresh.seed, format!("set seed to {seed} again")),
+        (
+            "sequences per update",
+            batch as u64,
+            fresh.global_batch_size as u64,
+            format!("set training.global_batch_size to {batch}"),
+        ),
+        ("updates per epoch (the data or max_seq_len)", saved.batches_per_epoch, fresh.batches_per_epoch, data),
     ];
-    match pairs.iter().find(|(_, saved, now)| saved != now) {
+    match compared.iter().find(|(_, saved, now, _)| saved != now) {
         None => Ok(()),
-        Some((what, saved, now)) => Err(Error::Config(format!(
+        Some((what, saved, now, hint)) => Err(Error::Config(format!(
             "cannot resume at the very step: {what} was {saved} in the checkpoint and is {now} now\n\
-             hint: resume with the run's config_used.yaml and set global_batch_size, or start a new run without --resume"
+             hint: {hint}, or start a new run without --resume"
         ))),
     }
 }

@@ -185,7 +185,13 @@ fn settings_of_another_run() {
             2,
             "updates per epoch (the data or max_seq_len) was 110 in the checkpoint and is 55 now",
         ),
-        ("seed=7", 2, "cannot resume at the very step: seed was 42 in the checkpoint and is 7 now"),
+        (
+            "seed=7",
+            2,
+            "cannot resume at the very step: seed was 42 in the checkpoint and is 7 now\nhint: set seed to 42 again",
+        ),
+        ("training.global_batch_size=24", 2, "hint: set training.global_batch_size to 8"),
+        ("model.max_seq_len=16", 2, "hint: take the data and model.max_seq_len of the run's config_used.yaml"),
     ];
     for (setting, code, message) in cases {
         lab.refuses(&format!("train --config config.yaml --resume {RUN}/final_model --set {setting}"), code, message);

@@ -26,7 +26,18 @@ const SETTINGS: &[(&str, &str)] = &[
     ("training.learning_rate=.inf", "training.learning_rate = .inf: expected a number greater than 0"),
     ("training.learning_rate=fast", "training.learning_rate = \"fast\": expected a number greater than 0"),
     ("training.learning_rate=[", "--set training.learning_rate=[: not a YAML value"),
-    ("training.min_lr=1", "training.min_lr = 1.0: expected a number of at least 0 and at most training.learning_rate"),
+    (
+        "training.min_lr=-1",
+        "training.min_lr = -1.0: expected a number of at least 0 and at most training.learning_rate",
+    ),
+    (
+        "training.min_lr=1",
+        "--set training.min_lr=1: training.min_lr = 1.0 is above training.learning_rate = 0.003 (config.yaml): expected at most",
+    ),
+    (
+        "training.min_lr=1e-4 --set training.learning_rate=1e-5",
+        "training.min_lr = 0.0001 is above training.learning_rate = 1e-5 (--set training.learning_rate=1e-5): expected at most",
+    ),
     ("training.lr_schedule=step", "training.lr_schedule = \"step\": expected one of linear, cosine, constant, wsd"),
     ("training.betas=[0.9]", "training.betas = [0.9]: expected two numbers of at least 0 and less than 1"),
     ("training.betas=[0.9,1]", "training.betas = [0.9,1.0]: expected two numbers"),
