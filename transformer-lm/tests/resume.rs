@@ -185,6 +185,25 @@ fn an_impossible_run_is_refused_before_it_leaves_a_trace() {
 }
 
 #[test]
+fn a_vocabulary_that_is_left_out_is_that_of_the_data() {
+    let lab = lab();
+    let text = format!(
+        "model: {{d_model: 16, n_heads: 2, n_layers: 1, d_ff: 32, max_seq_len: 8}}\n\
+         training: {{max_steps: 1, amp_dtype: fp32, device: cpu}}\n\
+         data: {{data_dir: {}}}\npaths: {{checkpoint_dir: {}}}",
+        lab.path("data").display(),
+        lab.path("runs").display()
+    );
+    let config = Config::from_yaml(&text, "test").unwrap();
+    let run = run_distributed_training(&config, None, "run").unwrap().run.unwrap();
+    for file in ["config_used.yaml", "final_model/config.yaml"] {
+        let kept = transformer_lm::load_config(run.join(file)).unwrap().model;
+        assert_eq!(kept.vocab_size, transformer_lm::config::VocabSize::Fixed(256), "{file}");
+        assert_eq!(kept.pad_token_id, None, "{file}");
+    }
+}
+
+#[test]
 fn what_is_computed_twice_changes_nothing() {
     let mut lab = lab();
     lab.config.model.dropout = 0.0;

@@ -76,7 +76,7 @@ pub struct ModelSection {
     pub max_seq_len: usize,
     /// Whether positions are learned or sinusoidal.
     pub positions: Positions,
-    /// Size of the vocabulary, or `auto`: that of the prepared data.
+    /// Size of the vocabulary, or `auto`, which it is where it is left out: that of the prepared data.
     pub vocab_size: VocabSize,
     /// Token that only fills up, or null. With `vocab_size: auto` an id beyond the vocabulary counts as null.
     pub pad_token_id: Option<i64>,
@@ -92,7 +92,7 @@ impl Default for ModelSection {
             dropout: 0.1,
             max_seq_len: 512,
             positions: Positions::Learned,
-            vocab_size: VocabSize::Fixed(50257),
+            vocab_size: VocabSize::Auto,
             pad_token_id: Some(50256),
         }
     }

@@ -205,9 +205,9 @@ fn generating_with_files_that_do_not_fit() {
     let cases: &[(&str, Damage, i32, &str)] = &[
         (
             "another configuration",
-            |f| forge(f, "config.yaml", |_| b"model: {d_model: 16, n_heads: 2}".into()),
+            |f| forge(f, "config.yaml", |_| b"model: {d_model: 16, n_heads: 2, vocab_size: 65536}".into()),
             1,
-            "`wte.weight` has shape [256, 16], the configuration's model has [50257, 16]",
+            "`wte.weight` has shape [256, 16], the configuration's model has [65536, 16]",
         ),
         ("no configuration", |f| forge(f, "config.yaml", |_| b"[".into()), 2, "config.yaml: not valid YAML"),
         (
