@@ -106,6 +106,8 @@ fn mistakes_are_told_in_one_line() {
     refused(&["--temperature", "-1"], 2, "temperature = -1");
     refused(&["--top_p", "0"], 2, "top_p = 0");
     refused(&["--top_k", "many"], 2, "many");
+    refused(&["--output", "nowhere/x"], 1, "cannot write nowhere/x: No such file");
+    refused(&["--output", path.to_str().unwrap()], 1, "Is a directory");
     refused(&["--device", "abacus"], 2, "abacus");
     refused(&["--interactive", "--output", "x"], 2, "cannot be used with");
     refused(&["--config", "nowhere.yaml"], 2, "nowhere.yaml");

@@ -18,6 +18,7 @@ fn run(folder: &Path, name: &str, updates: u64) -> PathBuf {
     let mut text: String = (1..=updates).map(train).collect();
     text += &format!("{{\"phase\":\"val\",\"global_step\":{updates},\"loss\":1.25,\"bits_per_byte\":1.5}}\n");
     text += &format!("{{\"phase\":\"sample\",\"global_step\":{updates},\"text\":\"<king> & queen\"}}\n");
+    text += &format!("{{\"phase\":\"train\",\"global_step\":{updates},\"memory_bytes\":209715200}}\n");
     std::fs::write(path.join("metrics.jsonl"), text + "{\"phase\":\"tr").unwrap();
     path
 }
@@ -29,12 +30,14 @@ fn a_page_holds_all_runs_and_needs_nothing_else() {
     let page = folder.path().join("page.html");
     let picture = report(&runs, &page).unwrap();
     let html = std::fs::read_to_string(&page).unwrap();
-    for part in ["first", "a&lt;b", "<td>40</td>", "<td>1.2500</td>", "&lt;king&gt; &amp; queen", "bits per byte"] {
+    for part in
+        ["first", "a&lt;b", "<td>40</td>", "<td>1.2500</td>", "&lt;king&gt; &amp; queen", "bits per byte", ">200<"]
+    {
         assert!(html.contains(part), "{part}");
     }
-    // Loss, validation loss, lr, throughput, bits per byte of two runs, each a line; and the legend's lines.
+    // Loss, validation loss, lr, throughput, bits per byte, memory of two runs, each a line; and the legend's lines.
     let lines = |colour: &str| html.matches(&format!("stroke=\"#{colour}\"")).count();
-    assert_eq!((lines("0072b2"), lines("d55e00")), (6, 6));
+    assert_eq!((lines("0072b2"), lines("d55e00")), (7, 7));
     let longest = html.lines().filter(|line| line.contains("0072b2")).map(|line| line.matches(',').count()).max();
     assert_eq!(longest, Some(40));
     for outside in ["src=", "href=", "@import", "url("] {
@@ -67,6 +70,10 @@ fn what_is_no_run_is_refused() {
     assert!(refusal().contains("neither metrics.jsonl nor metrics.csv"));
     std::fs::write(folder.path().join("metrics.csv"), "a,b\n1,2\n1\n").unwrap();
     assert!(refusal().contains("line 3 is no row"));
+    for empty in ["", "a,b\n", "a,b\n1,2\n", "phase,global_step,mood\ntrain,1,2\n"] {
+        std::fs::write(folder.path().join("metrics.csv"), empty).unwrap();
+        assert!(refusal().contains("its metrics hold no figures to draw"), "{empty}");
+    }
     std::fs::write(folder.path().join("metrics.jsonl"), "{}\n{\n").unwrap();
     assert!(refusal().contains("line 2 is no row"));
     assert!(!page.exists());

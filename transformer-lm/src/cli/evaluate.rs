@@ -74,7 +74,13 @@ fn evaluate(args: &EvaluateArgs, setup: &Setup) -> Result<String> {
     let checkpoint = resolve(&args.checkpoint)?;
     let (model, tokenizer, config) = load_model_for_generation(&checkpoint, None, device)?;
     let folder = args.data.as_ref().unwrap_or(&config.data.data_dir);
-    let data = load_preprocessed_data(folder)?;
+    let data = load_preprocessed_data(folder).map_err(|error| match error {
+        Error::Data { path, detail } if args.data.is_none() && !folder.is_dir() => Error::data(
+            path,
+            format!("{detail}\nhint: the checkpoint's configuration names this folder; --data takes another"),
+        ),
+        error => error,
+    })?;
     if data.tokenizer != tokenizer {
         return Err(Error::data(
             folder,

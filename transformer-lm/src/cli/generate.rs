@@ -1,10 +1,12 @@
 //! `generate` and `lm generate`.
 
 use std::io::{IsTerminal, Write, stderr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::builder::RangedU64ValueParser;
+use clap::builder::{NonEmptyStringValueParser, RangedU64ValueParser};
 use clap::{Parser, ValueEnum};
+use rustix::fs::{Access, access};
+use rustix::io::Errno;
 use tch::Device;
 
 use crate::checkpoint::{resolve, write_atomically};
@@ -57,7 +59,7 @@ pub struct GenerateArgs {
     prompt_file: Option<PathBuf>,
 
     /// Most tokens to add [default: generation.max_new_tokens of the configuration, usually 100]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_new_tokens: Option<usize>,
 
     /// Below 1 is safer, above 1 wilder, 0 takes the likeliest token [default: the configuration's, usually 0.8]
@@ -65,7 +67,7 @@ pub struct GenerateArgs {
     temperature: Option<f64>,
 
     /// Draw among this many likeliest tokens; 0 is all [default: the configuration's, usually 50]
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     top_k: Option<usize>,
 
     /// Draw among the likeliest tokens that hold this probability; 1 is all [default: the configuration's, usually 0.9]
@@ -85,11 +87,12 @@ pub struct GenerateArgs {
     greedy: bool,
 
     /// End a text before this one; may be repeated [default: the configuration's, usually none]
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = NonEmptyStringValueParser::new())]
     stop: Vec<String>,
 
     /// Number of texts, drawn side by side
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true,
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     num_samples: usize,
 
     /// Write an object on a line for each text: sample, prompt, text, tokens, ending (length, end or stop), seed
@@ -97,7 +100,7 @@ pub struct GenerateArgs {
     json: bool,
 
     /// The same seed gives the same text
-    #[arg(long, default_value_t = 42)]
+    #[arg(long, default_value_t = 42, allow_negative_numbers = true)]
     seed: u64,
 
     /// Read prompts and answer them, in a loop
@@ -138,12 +141,20 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         return interactive_generation(&model, &tokenizer, &params);
     }
     let prompt = prompt_of(args)?;
+    args.output.as_deref().map_or(Ok(()), check_output)?;
     let written = match (args.json, args.num_samples) {
         (true, count) => show(as_json(args, &prompt, &generate_samples(&model, &tokenizer, &prompt, &params, count)?)),
         (false, 1) => stream(&model, &tokenizer, &prompt, &params),
         (false, count) => show(joined(&generate_text(&model, &tokenizer, &prompt, &params, count)?)),
     }?;
     args.output.as_deref().map_or(Ok(()), |path| write_atomically(path, written.as_bytes()))
+}
+
+/// Whether a file can be made at `path`, so that no text is drawn in vain.
+fn check_output(path: &Path) -> Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("")).join(".");
+    let checked = if path.is_dir() { Err(Errno::ISDIR) } else { access(folder, Access::WRITE_OK) };
+    checked.map_err(|error| Error::io("write", path)(error.into()))
 }
 
 /// The text to continue. A file's last line break is not part of it: editors and `echo` put it there.
@@ -174,7 +185,7 @@ fn params_of(args: &GenerateArgs, config: &Config) -> Result<TextParams> {
     }
     params.max_new_tokens = args.max_new_tokens.unwrap_or(params.max_new_tokens);
     if !args.stop.is_empty() {
-        params.stop = args.stop.iter().filter(|text| !text.is_empty()).cloned().collect();
+        params.stop = args.stop.clone();
     }
     Ok(params)
 }

@@ -1,5 +1,6 @@
 //! `lm prepare`.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
@@ -32,9 +33,9 @@ pub struct PrepareArgs {
     #[arg(long, value_enum, default_value = "byte")]
     tokenizer: TokenizerKind,
 
-    /// Tokens that --tokenizer bpe learns
-    #[arg(long, default_value_t = 8192, value_name = "N")]
-    vocab_size: usize,
+    /// Tokens that --tokenizer bpe learns [default: 8192]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    vocab_size: Option<usize>,
 
     /// The folder to make: train.bin, val.bin, tokenizer.json
     #[arg(long, value_name = "DIR")]
@@ -45,12 +46,12 @@ pub struct PrepareArgs {
     val_fraction: f64,
 
     /// Most tokens in a file; a part that has more is cut into several shards
-    #[arg(long, default_value_t = PrepareOptions::default().shard_tokens, value_name = "N")]
+    #[arg(long, default_value_t = PrepareOptions::default().shard_tokens, value_name = "N", allow_negative_numbers = true)]
     shard_tokens: u64,
 
     /// Threads that encode [default: all cores]
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    threads: Option<NonZeroUsize>,
 
     /// Read everything back and compare it with the text; without --input, check what is in --output
     #[arg(long)]
@@ -73,16 +74,19 @@ pub fn run(args: PrepareArgs) -> Result<()> {
 }
 
 fn make(args: PrepareArgs) -> Result<PrepareSummary> {
+    if args.vocab_size.is_some() && args.tokenizer != TokenizerKind::Bpe {
+        return Err(Error::Config("--vocab-size: only --tokenizer bpe has a choice of vocabularies".into()));
+    }
     let defaults = PrepareOptions::default();
     let options = PrepareOptions {
         input: args.input,
         field: args.field,
         tokenizer: args.tokenizer,
-        vocab_size: args.vocab_size,
+        vocab_size: args.vocab_size.unwrap_or(defaults.vocab_size),
         output: args.output,
         val_fraction: args.val_fraction,
         shard_tokens: args.shard_tokens,
-        threads: args.threads.unwrap_or(defaults.threads),
+        threads: args.threads.map_or(defaults.threads, NonZeroUsize::get),
         overwrite: args.overwrite,
         progress: true,
     };
@@ -106,9 +110,16 @@ fn describe(summary: &PrepareSummary, options: &PrepareOptions) -> String {
     let tokens = train_tokens + val_tokens;
     let output = options.output.display();
     let (files, documents) = (count(*files, "file"), count(*documents as usize, "document"));
+    let asked = options.vocab_size;
+    let note = match options.tokenizer {
+        TokenizerKind::Bpe if *vocab_size < asked => {
+            format!("\nnote: the text has too few different pairs for the {asked} tokens asked for")
+        }
+        _ => String::new(),
+    };
     format!(
         "{files}, {documents}, {bytes} bytes, {tokens} tokens ({tokenizer}, vocabulary {vocab_size})\n\
-         {output}: {train_tokens} tokens to train on, {val_tokens} held out"
+         {output}: {train_tokens} tokens to train on, {val_tokens} held out{note}"
     )
 }
 

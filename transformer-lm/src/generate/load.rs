@@ -5,7 +5,7 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor, nn};
 
 use crate::checkpoint::{resolve, verify};
-use crate::data::Tokenizer;
+use crate::data::{TOKENIZER_FILE, Tokenizer};
 use crate::model::{TransformerLM, copy_weights, read_weights};
 use crate::{Config, Error, Result, load_config};
 
@@ -26,6 +26,10 @@ pub fn load_model_for_generation(
         verify(&folder)?; // Without it, the checkpoint was stripped for generation and its list of files does not hold.
     }
     let config = load_config(config.map_or_else(|| folder.join("config.yaml"), Path::to_path_buf))?;
+    if !folder.join(TOKENIZER_FILE).exists() {
+        let hint = "hint: where it was imported without one, copy it from a folder that `lm prepare` made with the model's tokenizer";
+        return Err(Error::checkpoint(&folder, format!("{TOKENIZER_FILE} is missing\n{hint}")));
+    }
     let tokenizer = Tokenizer::load(&folder)?;
     let source = folder.join("model.safetensors");
     let model = read_model(&source, &config, &tokenizer, device)?;

@@ -32,13 +32,18 @@ const PANELS: [(&str, &[&str]); 9] = [
     ("gradient norm", &["train/grad_norm"]),
     ("tokens per second", &["train/throughput"]),
     ("milliseconds per update", &["train/step_ms"]),
-    ("bytes of memory of rank 0", &["train/memory_bytes"]),
+    ("MiB of memory of rank 0", &["train/memory_mib"]),
     ("share of the time waiting for communication", &["train/waiting"]),
 ];
 
 /// The colour of run `index`.
 pub(super) fn colour(index: usize) -> Colour {
     COLOURS[index % COLOURS.len()]
+}
+
+/// Whether there is a panel for anything in `run`.
+pub(super) fn draws(run: &Run) -> bool {
+    PANELS.iter().flat_map(|(_, curves)| curves.iter()).any(|curve| run.curves.contains_key(*curve))
 }
 
 /// Width and height of the picture, in pixels.

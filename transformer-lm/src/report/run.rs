@@ -25,7 +25,7 @@ impl Run {
     /// Reads `metrics.jsonl` of a run's folder, or `metrics.csv` where there is none.
     ///
     /// # Errors
-    /// Neither is there, or one has a line that is no row. A last line that a kill cut short is left out.
+    /// Neither is there, or one has a line that is no row, or no figures. A last line that a kill cut short is left out.
     pub(super) fn read(folder: &Path) -> Result<Run> {
         let name = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
         let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -47,7 +47,10 @@ impl Run {
         } else {
             return Err(Error::data(folder, "neither metrics.jsonl nor metrics.csv here; expected a run's folder"));
         }
-        Ok(run)
+        match super::chart::draws(&run) {
+            true => Ok(run),
+            false => Err(Error::data(folder, "its metrics hold no figures to draw; has an update been logged?")),
+        }
     }
 
     fn lines(&mut self, path: &Path, mut parse: impl FnMut(&str) -> Option<Value>) -> Result<()> {
@@ -66,6 +69,7 @@ impl Run {
         }
         for (column, value) in row.as_object().into_iter().flatten() {
             if let Some(value) = value.as_f64().filter(|_| !PLACES.contains(&column.as_str())) {
+                let (column, value) = in_mib(column, value);
                 self.curves.entry(format!("{phase}/{column}")).or_default().push((step as f64, value));
             }
         }
@@ -84,6 +88,14 @@ impl Run {
     /// Updates that were recorded.
     pub(super) fn updates(&self) -> u64 {
         self.curves.values().flatten().map(|point| point.0 as u64).max().unwrap_or(0)
+    }
+}
+
+/// A column of bytes in MiB, others as they are.
+fn in_mib(column: &str, value: f64) -> (String, f64) {
+    match column.strip_suffix("_bytes") {
+        Some(what) => (format!("{what}_mib"), value / f64::from(1 << 20)),
+        None => (column.to_owned(), value),
     }
 }
 

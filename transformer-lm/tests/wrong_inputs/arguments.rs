@@ -1,5 +1,8 @@
 //! Command lines.
 
+use std::fs;
+use std::path::Path;
+
 use super::lab::{Lab, RUN, run};
 
 #[test]
@@ -37,6 +40,11 @@ fn arguments_of_generate() {
     let checkpoint = format!("generate --checkpoint {RUN}");
     let cases = [
         ("--num_samples 0", 2, "invalid value '0' for '--num-samples <N>'"),
+        ("--num_samples -1", 2, "invalid value '-1' for '--num-samples <N>'"),
+        ("--max_new_tokens -1", 2, "invalid value '-1' for '--max-new-tokens <N>'"),
+        ("--top_k -3", 2, "invalid value '-3' for '--top-k <K>'"),
+        ("--seed -1", 2, "invalid value '-1' for '--seed <SEED>'"),
+        ("--stop ''", 2, "a value is required for '--stop <TEXT>'"),
         ("--max_new_tokens many", 2, "invalid value 'many' for '--max-new-tokens <N>'"),
         ("--temperature -1", 2, "temperature = -1: expected 0 (greedy) or more"),
         ("--temperature nan", 2, "temperature = NaN: expected 0 (greedy) or more"),
@@ -83,6 +91,11 @@ fn arguments_of_prepare() {
         ("--input text.txt --output o --tokenizer bpe --vocab-size 10", 2, "--vocab-size 10: expected at least 257"),
         ("--input text.txt --output o --tokenizer bpe --vocab-size 99999999999", 2, "and at most 16777216"),
         ("--input text.txt --output o --shard-tokens 0", 2, "--shard-tokens 0: expected at least 1"),
+        ("--input text.txt --output o --shard-tokens -1", 2, "invalid value '-1' for '--shard-tokens <N>'"),
+        ("--input text.txt --output o --vocab-size 300", 2, "--vocab-size: only --tokenizer bpe has a choice"),
+        ("--input text.txt --output o --tokenizer bpe --vocab-size -1", 2, "invalid value '-1' for '--vocab-size <N>'"),
+        ("--input text.txt --output o --threads 0", 2, "invalid value '0' for '--threads <N>'"),
+        ("--input text.txt --output o --threads -1", 2, "invalid value '-1' for '--threads <N>'"),
         ("--verify --output nowhere", 1, "nowhere: no such folder"),
     ];
     for (args, code, message) in cases {
@@ -109,10 +122,41 @@ fn arguments_of_the_other_commands() {
     for (line, code, message) in cases {
         lab.refuses(&line.replace("RUN", RUN), code, message);
     }
+    let without_data = |folder: &Path| fs::rename(folder.join("data"), folder.join("elsewhere")).unwrap();
+    let line = format!("lm evaluate --checkpoint {RUN}");
+    lab.refuses_damaged(
+        "evaluate without data",
+        without_data,
+        &line,
+        1,
+        "hint: the checkpoint's configuration names this",
+    );
+    for line in ["generate --checkpoint new --max_new_tokens 2", "lm evaluate --checkpoint new"] {
+        let message = "checkpoint new: tokenizer.json is missing\nhint: where it was imported without one";
+        lab.refuses_damaged("imported without a tokenizer", import_without_tokenizer, line, 1, message);
+    }
     // Folders that were made on the way to a name that is too long.
     let line = format!("lm export --checkpoint {RUN} --output new/folder/{}", "x".repeat(250));
     lab.refuses(&line, 1, "File name too long");
     lab.finish();
+}
+
+/// Makes the checkpoint `new` of a model of another program, whose tokenizer is not there.
+fn import_without_tokenizer(folder: &Path) {
+    let done = |line: &str| assert!(run(folder, line).status.success(), "{line}");
+    done(&format!("lm export --checkpoint {RUN} --output exported"));
+    fs::remove_file(folder.join("exported/tokenizer.json")).unwrap();
+    done("lm import --input exported --output new");
+}
+
+#[test]
+fn a_vocabulary_that_the_text_cannot_fill_is_told() {
+    let folder = Lab::new().folder();
+    let output = run(folder.path(), "lm prepare --input text.txt --output new --tokenizer bpe --vocab-size 5000");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("note: the text has too few different pairs for the 5000 tokens asked for"), "{output:?}");
+    let output = run(folder.path(), "lm prepare --input text.txt --output bpe --tokenizer bpe --vocab-size 260");
+    assert!(output.status.success() && !String::from_utf8_lossy(&output.stdout).contains("note"), "{output:?}");
 }
 
 #[test]
