@@ -307,6 +307,26 @@ fn a_missing_checkpoint_is_an_error_on_all_ranks() {
 }
 
 #[test]
+fn a_run_that_is_being_written_is_refused_on_all_ranks() {
+    let lab = Lab::new();
+    lab.train(2, "runs", &["training.max_steps=2"]).run().assert_success();
+    let folder = lab.run_folder("runs");
+    let held = std::fs::File::open(folder.join("run.lock")).expect("a file to lock");
+    held.try_lock().expect("the lock of a training that has ended");
+    let again = || lab.train(2, "runs", &["training.max_steps=4"]).args(["--resume", "auto"]).run();
+    let finished = again();
+    finished.assert_failure();
+    for complaint in &finished.complaints {
+        assert!(
+            complaint.contains("another training") && complaint.contains(folder.to_str().expect("text")),
+            "{complaint}"
+        );
+    }
+    drop(held);
+    again().assert_success();
+}
+
+#[test]
 fn a_wrong_setting_ends_all_ranks_with_one_explanation() {
     let lab = Lab::new();
     let finished = lab.train(2, "wrong", &["training.learning_rat=1"]).run();

@@ -107,7 +107,14 @@ fn resumes_to_the_bit_from_any_checkpoint() {
         ["checkpoint_epoch1_step7", "checkpoint_epoch1_step14", "checkpoint_epoch1_step21", "checkpoint_epoch2_step28"];
     let mut expected: Vec<&str> = ["best_model", "checkpoint_epoch1", "final_model"].into();
     expected.extend(steps);
-    expected.extend(["config_used.yaml", "metrics.csv", "metrics.jsonl", "run_metadata.json", "tensorboard"]);
+    expected.extend([
+        "config_used.yaml",
+        "metrics.csv",
+        "metrics.jsonl",
+        "run.lock",
+        "run_metadata.json",
+        "tensorboard",
+    ]);
     expected.sort();
     assert_eq!(names(&run), expected);
 
@@ -121,6 +128,27 @@ fn resumes_to_the_bit_from_any_checkpoint() {
         assert_eq!(summary.run.as_deref(), Some(&*copy));
         assert_same_end(&run, &copy);
     }
+}
+
+#[test]
+fn a_run_that_another_training_writes_into_is_refused() {
+    let mut lab = lab();
+    lab.config.training.max_steps = Some(2);
+    let run = lab.train("runs", None).unwrap().run.unwrap();
+    lab.config.training.max_steps = Some(4);
+    let unfinished = run.join(".tmp-checkpoint_epoch1_step3-77");
+    std::fs::create_dir(&unfinished).unwrap();
+    let held = transformer_lm::metrics::RunLock::take(&run).unwrap();
+    for resume in [Resume::Auto, Resume::Path(run.clone()), Resume::Path(run.join("final_model"))] {
+        let error = lab.train("runs", Some(resume)).unwrap_err();
+        let (said, name) = (error.to_string(), run.file_name().unwrap().to_string_lossy());
+        assert!(said.contains("another training is writing") && said.contains(&*name), "{said}");
+        assert_eq!(error.exit_code(), 1);
+        assert!(unfinished.exists() && run.join("final_model").exists());
+    }
+    drop(held);
+    assert_eq!(lab.train("runs", Some(Resume::Auto)).unwrap().global_step, 4);
+    assert!(!unfinished.exists());
 }
 
 #[test]

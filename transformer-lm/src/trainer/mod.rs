@@ -25,7 +25,7 @@ use crate::data::{
     BatchStream, LoaderConfig, PreparedData, TOKENIZER_FILE, Tokenizer, TrainLoader, load_preprocessed_data, loaders_of,
 };
 use crate::generate::{TextParams, generate_text};
-use crate::metrics::{self, RunFolder, RunMetadata};
+use crate::metrics::{self, RunFolder, RunLock, RunMetadata};
 use crate::model::ModelConfig;
 use crate::{Error, Result};
 
@@ -106,6 +106,8 @@ struct Run<'a> {
     overdue: bool,
     /// The last update that was made, not skipped.
     made: u64,
+    /// Rank 0's; the last field, as it goes after the journal has ended.
+    lock: Option<RunLock>,
 }
 
 impl<'a> Run<'a> {
@@ -136,6 +138,7 @@ impl<'a> Run<'a> {
             usable: true,
             overdue: false,
             made: 0,
+            lock: None,
             config,
         };
         run.take_up(resume, run_name, &shape, device)?;
@@ -177,10 +180,15 @@ impl<'a> Run<'a> {
                 self.state = CheckpointState { world_size, files: BTreeMap::new(), ..loaded.state };
             }
             // Only now, so that a run that cannot start leaves no folder.
-            let run = match start.run {
-                Some(run) => run.with_folders()?,
-                None => RunFolder::create(&self.config.paths, run_name)?,
+            let (run, lock) = match start.run {
+                Some((run, lock)) => (run.with_folders()?, lock),
+                None => {
+                    let run = RunFolder::create(&self.config.paths, run_name)?;
+                    let lock = RunLock::take(&run.root)?;
+                    (run, lock)
+                }
             };
+            self.lock = Some(lock);
             self.run = Some(run.root.clone());
             let peak = devices.iter().map(|device| device.peak_flops).sum();
             RunMetadata::collect(devices, start.checkpoint.as_deref()).append(&run.root)?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{self, CheckpointState};
 use crate::config::PathsSection;
-use crate::metrics::RunFolder;
+use crate::metrics::{RunFolder, RunLock};
 use crate::{Error, Result};
 
 /// `--resume`.
@@ -25,8 +25,8 @@ impl From<&str> for Resume {
 /// What [`find`] decided.
 #[derive(Debug)]
 pub struct Start {
-    /// The folder of the run that goes on; none: a new run.
-    pub run: Option<RunFolder>,
+    /// The folder of the run that goes on, with its lock; none: a new run.
+    pub run: Option<(RunFolder, RunLock)>,
     /// The checkpoint to load.
     pub checkpoint: Option<PathBuf>,
     /// What was found and passed over, for people.
@@ -36,7 +36,8 @@ pub struct Start {
 /// Decides where to start; makes no folder. Called by rank 0 alone.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] for a path without a whole checkpoint; [`Error::Io`].
+/// [`Error::Checkpoint`] for a path without a whole checkpoint; [`Error::Training`] for a run that another training goes on
+/// with; [`Error::Io`].
 pub fn find(paths: &PathsSection, resume: Option<&Resume>, run_name: &str) -> Result<Start> {
     match resume {
         None => Ok(Start { run: None, checkpoint: None, notes: Vec::new() }),
@@ -47,26 +48,27 @@ pub fn find(paths: &PathsSection, resume: Option<&Resume>, run_name: &str) -> Re
 
 fn auto(paths: &PathsSection, run_name: &str) -> Result<Start> {
     let mut notes = Vec::new();
-    let runs = RunFolder::all(paths, run_name);
-    for run in &runs {
+    let mut newest = None;
+    for run in RunFolder::all(paths, run_name) {
+        let lock = RunLock::take(&run.root)?; // first: what another training is writing is no leftover
         checkpoint::clean_leftovers(&run.root)?;
         let found = checkpoint::find_newest(&run.root)?;
         notes.extend(found.skipped.iter().map(|reason| format!("resume: skipped {reason}")));
         if let Some((path, _)) = found.newest {
             notes.push(format!("resume: going on from {}", path.display()));
-            return Ok(Start { run: Some(run.clone()), checkpoint: Some(path), notes });
+            return Ok(Start { run: Some((run, lock)), checkpoint: Some(path), notes });
         }
         notes.push(format!("resume: {} has no whole checkpoint", run.root.display()));
+        newest = newest.or(Some((run, lock)));
     }
-    let run = runs.into_iter().next();
-    notes.push(match &run {
-        Some(newest) => format!("resume: starting {} from the beginning", newest.root.display()),
+    notes.push(match &newest {
+        Some((run, _)) => format!("resume: starting {} from the beginning", run.root.display()),
         None => {
             let folder = paths.checkpoint_dir.display();
             format!("resume: there is no run named {run_name} in {folder} yet; starting one")
         }
     });
-    Ok(Start { run, checkpoint: None, notes })
+    Ok(Start { run: newest, checkpoint: None, notes })
 }
 
 fn from_path(paths: &PathsSection, path: &Path) -> Result<Start> {
@@ -80,6 +82,7 @@ fn from_path(paths: &PathsSection, path: &Path) -> Result<Start> {
     let mut notes = Vec::new();
     let checkpoint = if path.join("state.json").exists() { path.clone() } else { newest_in(&path, &mut notes)? };
     let run = RunFolder::of_checkpoint(paths, &checkpoint);
+    let run = run.map(|run| RunLock::take(&run.root).map(|lock| (run, lock))).transpose()?;
     notes.push(format!("resume: going on from {}", checkpoint.display()));
     Ok(Start { run, checkpoint: Some(checkpoint), notes })
 }
