@@ -30,8 +30,9 @@ pub(super) struct Journal {
     earlier: f64,
     /// Operations for a token, and operations per second that all ranks can do together.
     flops: (f64, f64),
-    /// Whether the last row could not be written: a full disk is complained of once.
-    failing: bool,
+    /// Rows, samples and distributions that could not be written since the last row that could: a full disk is complained of once
+    /// when it begins and once when it ends.
+    unwritten: u64,
     /// Why the last checkpoint could not be written.
     lost: Option<Error>,
     /// Whether a checkpoint was saved whose weights no loss has shown to be good yet: older ones then stay.
@@ -62,7 +63,7 @@ impl Journal {
             started: Instant::now(),
             earlier: state.wall_time,
             flops,
-            failing: false,
+            unwritten: 0,
             lost: None,
             unproven: false,
         };
@@ -127,14 +128,15 @@ impl Journal {
 
     /// Records how the weights and their gradients are distributed.
     pub fn histograms(&mut self, global_step: u64, learner: &Learner) {
+        let mut outcome = Ok(());
         for (name, parameter) in learner.model.parameters() {
             for (what, tensor) in [("weights", parameter.shallow_clone()), ("gradients", parameter.grad())] {
                 if let Some(histogram) = tensor.defined().then(|| Histogram::of(&tensor)).flatten() {
-                    let outcome = self.recorder.histogram(&format!("{what}/{name}"), global_step, &histogram);
-                    self.complain(outcome);
+                    outcome = outcome.and(self.recorder.histogram(&format!("{what}/{name}"), global_step, &histogram));
                 }
             }
         }
+        self.complain(outcome);
     }
 
     fn row(&self, phase: Phase, place: Place, sums: &Sums, lr: f64, throughput: f64) -> Row {
@@ -155,17 +157,29 @@ impl Journal {
 
     fn record(&mut self, row: &Row, detail: &str) {
         let outcome = self.recorder.record(row, detail, &self.progress);
+        if outcome.is_ok() {
+            self.count_unwritten();
+        }
         self.complain(outcome);
     }
 
     /// A full disk is no reason to lose the run.
     fn complain(&mut self, outcome: Result<()>) {
-        if let Err(error) = &outcome
-            && !self.failing
-        {
+        let Err(error) = outcome else { return };
+        if self.unwritten == 0 {
             self.say(&format!("warning: a row was not recorded: {error}"));
         }
-        self.failing = outcome.is_err();
+        self.unwritten += 1;
+    }
+
+    /// Says how many records are missing; from then on it counts anew.
+    fn count_unwritten(&mut self) {
+        match std::mem::take(&mut self.unwritten) {
+            0 => {}
+            count => self.say(&format!(
+                "warning: {count} records (rows, samples, distributions) are missing from the run's files: they could not be written"
+            )),
+        }
     }
 
     fn wall_time(&self) -> f64 {
@@ -213,6 +227,7 @@ impl Journal {
     pub fn usable(&mut self, root: &Path, broken: bool, made: u64) -> Result<Option<PathBuf>> {
         let failures = self.saver.finish();
         self.warn_of(failures);
+        self.count_unwritten();
         if broken {
             for path in checkpoint::set_aside_later(root, made.saturating_sub(1))? {
                 self.say(&format!("moved a checkpoint whose loss is not finite to {}", path.display()));
@@ -229,6 +244,7 @@ impl Journal {
         self.proven();
         let failures = self.saver.finish();
         self.warn_of(failures);
+        self.count_unwritten();
         self.progress.finish();
         self.lost.take().map_or(Ok(()), Err)
     }

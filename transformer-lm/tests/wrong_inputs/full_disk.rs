@@ -48,6 +48,41 @@ fn run_in(parent: &Path) -> (PathBuf, Vec<String>) {
 }
 
 #[test]
+fn records_that_are_lost_are_counted() {
+    let Some(disk) = Disk::new("32k") else { return };
+    let lab = Lab::new();
+    let folder = lab.folder();
+    let line = format!(
+        "train --config config.yaml --run_name full --set training.max_steps=100 --set training.save_interval=0 \
+         --set paths.log_dir={}",
+        disk.0.path().display()
+    );
+    let output = run(folder.path(), &line);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    assert!(said.contains("warning: a row was not recorded: cannot write "), "{said}");
+    let counted = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("warning: ")?.split_once(" records (rows, ")?.0.parse::<usize>().ok());
+    let counted: usize = counted.sum();
+
+    // What is in both files, or for a sample in its own, was recorded.
+    let (logs, _) = run_in(disk.0.path());
+    let csv = fs::read_to_string(logs.join("metrics.csv")).unwrap();
+    let json = fs::read_to_string(logs.join("metrics.jsonl")).unwrap();
+    let is_whole = |line: &&str| {
+        let record: serde_json::Value = serde_json::from_str(line).unwrap();
+        let (phase, step) = (record["phase"].as_str().unwrap(), &record["global_step"]);
+        let row = |row: &str| row.starts_with(&format!("{phase},")) && row.split(',').nth(3) == Some(&step.to_string());
+        phase == "sample" || csv.lines().any(row)
+    };
+    let whole = json.lines().filter(is_whole).count();
+    let all = said.lines().filter(|line| line.starts_with("epoch ") || line.starts_with("sample | ")).count();
+    assert!(all > 100 && counted > 0, "{said}");
+    assert_eq!(counted, all - whole, "{said}");
+}
+
+#[test]
 fn training_goes_on_and_older_checkpoints_stay() {
     let Some(disk) = Disk::new("700k") else { return };
     let lab = Lab::new();
