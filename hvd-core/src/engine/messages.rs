@@ -117,17 +117,18 @@ fn side(
     if stream.sends {
         return Ok(Box::new(SendTo::new(name, rank, peer, input.clone(), *dtype, tag, segment_bytes)?));
     }
-    let output = std::mem::replace(output, Output::InPlace);
-    let landing = match output {
-        Output::Allocate(allocate) => {
-            let received = received.clone();
-            Landing::Allocate(Box::new(move |bytes| {
-                let memory = allocate(bytes);
-                *received.lock() = memory.clone();
-                memory
-            }))
+    let received = received.clone();
+    let landing = match std::mem::replace(output, Output::InPlace) {
+        Output::Allocate(allocate) => Landing::Allocate(Box::new(move |bytes| {
+            let memory = allocate(bytes);
+            *received.lock() = memory.clone();
+            memory
+        })),
+        fixed => {
+            let memory = fixed.resolve(input, input.len());
+            *received.lock() = memory.clone();
+            Landing::Into(memory)
         }
-        fixed => Landing::Into(fixed.resolve(input, input.len())),
     };
     Ok(Box::new(ReceiveFrom::new(name, rank, peer, landing, *dtype, tag, segment_bytes)?))
 }

@@ -34,16 +34,7 @@ impl World {
     /// # Errors
     /// As [`World::send`]; `data` is unchanged then.
     pub fn recv_into<T: Element>(&self, peer: usize, tag: u32, data: &mut [T]) -> Result<()> {
-        let buffer = Memory::from_vec(data.to_vec());
-        let receipt = Submission {
-            shape: vec![data.len()],
-            input: buffer.clone(),
-            output: Output::InPlace,
-            ..owned::<T>(name("from", peer, tag), Vec::new(), OpKind::Barrier)
-        };
-        self.exchange(Stream { peer, sends: false, tag }, receipt)?.wait()?;
-        // SAFETY: the operation is done.
-        data.copy_from_slice(&unsafe { buffer.into_vec::<T>() });
+        data.copy_from_slice(&self.recv_exactly_async::<T>(peer, tag, data.len())?.wait()?);
         Ok(())
     }
 
@@ -67,6 +58,15 @@ impl World {
             output: Output::Allocate(Box::new(allocate)),
             ..owned::<T>(name("from", peer, tag), Vec::new(), OpKind::Barrier)
         };
+        self.exchange(Stream { peer, sends: false, tag }, receipt).map(VecHandle::new)
+    }
+
+    /// As [`World::recv_async`], of a message that must have so many elements.
+    ///
+    /// # Errors
+    /// As [`World::send_async`].
+    pub fn recv_exactly_async<T: Element>(&self, peer: usize, tag: u32, elements: usize) -> Result<VecHandle<T>> {
+        let receipt = owned(name("from", peer, tag), vec![T::default(); elements], OpKind::Barrier);
         self.exchange(Stream { peer, sends: false, tag }, receipt).map(VecHandle::new)
     }
 

@@ -101,21 +101,12 @@ impl MessageHandle {
     /// Waits until the message has been sent, or is in the tensor.
     ///
     /// # Errors
-    /// If the number of bytes differs from the tensor's; see [`hvd_core::Handle::wait`].
+    /// As [`hvd_core::World::recv_into`].
     pub fn wait(self) -> Result<()> {
         let message = self.handle.wait()?;
         let Some(tensor) = self.receiver else { return Ok(()) };
-        let staged = stage(&tensor)?;
-        let elements = memory::of(&staged)?;
-        if message.len() != elements.len() {
-            let (size, kind) = (tensor.size(), tensor.kind());
-            let text =
-                format!("a message of {} bytes for {size:?} of {kind:?}, {} bytes", message.len(), elements.len());
-            return Err(Error::invalid(text));
-        }
-        // SAFETY: the elements are those of a copy of ours, which nobody else touches.
-        unsafe { elements.as_mut_slice() }.copy_from_slice(&message);
-        tch::no_grad(|| tensor.shallow_clone().f_copy_(&staged))?;
+        let received = Tensor::f_from_data_size(&message, &tensor.size(), tensor.kind())?;
+        tch::no_grad(|| tensor.shallow_clone().f_copy_(&received))?;
         Ok(())
     }
 }
@@ -143,7 +134,8 @@ pub fn send(world: &World, tensor: &Tensor, peer: usize, tag: u32) -> Result<()>
 /// Starts to receive what rank `peer` sends under `tag`: as many bytes as `tensor` has, and of the same kind, which is not checked.
 /// [`MessageHandle::wait`] overwrites the tensor.
 pub fn recv_async_(world: &World, tensor: &Tensor, peer: usize, tag: u32) -> Result<MessageHandle> {
-    Ok(MessageHandle { handle: world.recv_async(peer, tag)?, receiver: Some(tensor.shallow_clone()) })
+    let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    Ok(MessageHandle { handle: world.recv_exactly_async(peer, tag, bytes)?, receiver: Some(tensor.shallow_clone()) })
 }
 
 /// Overwrites `tensor` with what rank `peer` sends under `tag`: as many bytes, and of the same kind, which is not checked.
@@ -151,10 +143,5 @@ pub fn recv_async_(world: &World, tensor: &Tensor, peer: usize, tag: u32) -> Res
 /// # Errors
 /// If the number of bytes differs; see [`hvd_core::World::recv_into`].
 pub fn recv_(world: &World, tensor: &Tensor, peer: usize, tag: u32) -> Result<()> {
-    let staged = stage(tensor)?;
-    let elements = memory::of(&staged)?;
-    // SAFETY: the elements are those of a copy of ours, which nobody else touches.
-    world.recv_into::<u8>(peer, tag, unsafe { elements.as_mut_slice() })?;
-    tch::no_grad(|| tensor.shallow_clone().f_copy_(&staged))?;
-    Ok(())
+    recv_async_(world, tensor, peer, tag)?.wait()
 }
