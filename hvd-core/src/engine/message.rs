@@ -39,13 +39,6 @@ impl BitSet {
         self.0[word] |= 1 << (index % 64);
     }
 
-    /// Takes a number out.
-    pub fn remove(&mut self, index: usize) {
-        if let Some(word) = self.0.get_mut(index / 64) {
-            *word &= !(1 << (index % 64));
-        }
-    }
-
     /// Whether a number is in the set.
     pub fn contains(&self, index: usize) -> bool {
         self.0.get(index / 64).is_some_and(|word| word >> (index % 64) & 1 == 1)

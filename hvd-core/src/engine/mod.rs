@@ -50,7 +50,7 @@ pub(crate) use observe::Observers;
 pub(crate) use patience::Patience;
 
 /// How often the transport is looked at while nothing moves through it.
-const STEPS_PER_LOOK: u32 = 256;
+const STEPS_PER_LOOK: u32 = 64;
 
 /// The number of the world's own set.
 pub(crate) const WORLD: u32 = 0;

@@ -67,8 +67,6 @@ pub struct Negotiation {
     cache: ResponseCache,
     /// What this rank waits for, by name.
     waiting: HashMap<String, Waiting>,
-    /// The slots of those of `waiting` that are in the cache.
-    cached: BitSet,
     /// Those of `waiting` that no round has told the others yet.
     unannounced: Vec<String>,
     /// What rounds have told and is not ready. The same on all ranks.
@@ -104,7 +102,6 @@ impl Negotiation {
             exchange: Exchange::new(rank, size, shared),
             cache: ResponseCache::new(cache_capacity),
             waiting: HashMap::new(),
-            cached: BitSet::default(),
             unannounced: Vec::new(),
             table: BTreeMap::new(),
             next_sequence: 0,
@@ -126,9 +123,8 @@ impl Negotiation {
     pub fn submit(&mut self, name: &str, signature: Signature, first_dims: Vec<u64>) {
         self.next_sequence += 1;
         let slot = self.cache.find(name, &signature, self.rank, &first_dims);
-        match slot {
-            Some(slot) => self.cached.insert(slot),
-            None => self.unannounced.push(name.to_string()),
+        if slot.is_none() {
+            self.unannounced.push(name.to_string());
         }
         let waiting = Waiting { signature, first_dims, sequence: self.next_sequence, slot, seen: None, counted: None };
         self.waiting.insert(name.to_string(), waiting);
@@ -243,7 +239,7 @@ impl Negotiation {
         let ready = match joins {
             // Whatever the others have, but for rows: it has none.
             true => self.cache.slots_without_rows().collect(),
-            false => self.cached.clone(),
+            false => self.waiting.values().filter_map(|waiting| waiting.slot).collect(),
         };
         let announce = |name: &String| {
             let waiting = self.waiting.get(name)?;
@@ -287,7 +283,6 @@ impl Negotiation {
     fn hit(&mut self, slot: usize) -> Option<Arc<Agreement>> {
         let agreement = self.cache.get(slot)?.clone();
         self.cache.touch(slot);
-        self.cached.remove(slot);
         self.waiting.remove(&agreement.name);
         Some(agreement)
     }
@@ -383,9 +378,9 @@ impl Negotiation {
 
     /// What was said with a bit, if this rank waits for it, is said in full from now on.
     fn announce_in_full(&mut self, name: &str) {
-        let Some(slot) = self.waiting.get_mut(name).and_then(|waiting| waiting.slot.take()) else { return };
-        self.cached.remove(slot);
-        self.unannounced.push(name.to_string());
-        self.news = true;
+        if self.waiting.get_mut(name).and_then(|waiting| waiting.slot.take()).is_some() {
+            self.unannounced.push(name.to_string());
+            self.news = true;
+        }
     }
 }

@@ -12,7 +12,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -192,7 +192,7 @@ impl Tuner {
             steps_per_sample: *steps_per_sample,
             samples_left: *max_samples,
             taken: 0,
-            log: log.as_ref().map(File::create).transpose().map_err(|error| cannot_log(config, error))?,
+            log: log.as_ref().map(log_file).transpose()?,
         };
         tuner.write("kind,sample,fusion_threshold_bytes,segment_bytes,doubling_limit_bytes,bytes_per_second");
         tuner.applied(Instant::now());
@@ -265,9 +265,9 @@ impl Tuner {
     }
 }
 
-fn cannot_log(config: &Config, error: std::io::Error) -> Error {
-    let path = config.autotune.log.as_deref().unwrap_or(Path::new("")).display();
-    Error::io(format!("writing the tuner's log {path} (HVD_AUTOTUNE_LOG)"), error)
+fn log_file(path: &PathBuf) -> Result<File> {
+    File::create(path)
+        .map_err(|error| Error::io(format!("writing the tuner's log {} (HVD_AUTOTUNE_LOG)", path.display()), error))
 }
 
 fn median(mut scores: Vec<f64>) -> f64 {

@@ -58,7 +58,7 @@ impl ProcessSet {
         width: usize,
         op: ReduceOp,
     ) -> Result<(Vec<i64>, Vec<T>)> {
-        self.start_sparse(name, indices, values, width, op, false)?.wait()
+        self.sparse_allreduce_async(name, indices, values, width, op)?.wait()
     }
 
     /// As [`ProcessSet::sparse_allreduce`], in the background.
@@ -73,25 +73,13 @@ impl ProcessSet {
         width: usize,
         op: ReduceOp,
     ) -> Result<SparseHandle<T>> {
-        self.start_sparse(name, indices, values, width, op, true)
-    }
-
-    fn start_sparse<T: Element>(
-        &self,
-        name: &str,
-        indices: &[i64],
-        values: &[T],
-        width: usize,
-        op: ReduceOp,
-        flush: bool,
-    ) -> Result<SparseHandle<T>> {
         check::<T>(indices, values, width, op).map_err(|detail| Error::Invalid(format!("`{name}`: {detail}")))?;
         let values = Submission {
             shape: vec![indices.len(), width],
             ..owned(format!("{name}.values"), values.to_vec(), OpKind::Allgather)
         };
         let indices = owned(format!("{name}.indices"), indices.to_vec(), OpKind::Allgather);
-        let handle = self.hand_in_group(name, vec![indices, values], flush)?;
+        let handle = self.submit_group(name, vec![indices, values])?;
         Ok(SparseHandle { handle, width, op, ranks: self.size(), elements: PhantomData })
     }
 }
