@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor, nn};
 
-use crate::checkpoint::{resolve, verify};
+use crate::checkpoint::resolve_whole;
 use crate::data::{TOKENIZER_FILE, Tokenizer};
 use crate::model::{TransformerLM, copy_weights, read_weights};
 use crate::{Config, Error, Result, load_config};
@@ -12,7 +12,7 @@ use crate::{Config, Error, Result, load_config};
 /// Reads a checkpoint's model, tokenizer and configuration.
 ///
 /// `checkpoint` may also be a run's folder, whose best checkpoint is then taken, or else its newest
-/// ([`resolve`] tells which). `config` replaces the checkpoint's own `config.yaml`.
+/// ([`resolve_whole`] tells which). `config` replaces the checkpoint's own `config.yaml`.
 ///
 /// # Errors
 /// No checkpoint, one that is damaged, or one that does not fit the configuration.
@@ -21,10 +21,7 @@ pub fn load_model_for_generation(
     config: Option<&Path>,
     device: Device,
 ) -> Result<(TransformerLM, Tokenizer, Config)> {
-    let folder = resolve(checkpoint.as_ref())?;
-    if folder.join("optimizer.safetensors").exists() {
-        verify(&folder)?; // Without it, the checkpoint was stripped for generation and its list of files does not hold.
-    }
+    let folder = resolve_whole(checkpoint.as_ref())?;
     let config = load_config(config.map_or_else(|| folder.join("config.yaml"), Path::to_path_buf))?;
     if !folder.join(TOKENIZER_FILE).exists() {
         let hint = "hint: where it was imported without one, copy it from a folder that `lm prepare` made with the model's tokenizer";

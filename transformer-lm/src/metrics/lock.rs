@@ -21,8 +21,7 @@ impl RunLock {
     /// [`Error::Training`] where another training holds the lock; [`Error::Io`].
     pub fn take(root: &Path) -> Result<RunLock> {
         let path = root.join(NAME);
-        let options = File::options().create(true).append(true).clone();
-        let file = options.open(&path).map_err(Error::io("open", &path))?;
+        let file = File::options().create(true).append(true).open(&path).map_err(Error::io("open", &path))?;
         match file.try_lock() {
             Err(TryLockError::WouldBlock) => Err(Error::Training(format!(
                 "another training is writing into the run's folder {}\n\

@@ -25,6 +25,9 @@ pub fn report(folders: &[PathBuf], html: &Path) -> Result<PathBuf> {
         return Err(Error::Config(text));
     }
     let runs: Vec<Run> = folders.iter().map(|folder| Run::read(folder)).collect::<Result<_>>()?;
+    if let Some((folder, _)) = folders.iter().zip(&runs).find(|(_, run)| !chart::draws(run)) {
+        return Err(Error::data(folder, "its metrics hold no figures to draw; has an update been logged?"));
+    }
     let (width, height) = chart::size(&runs);
     let mut svg = Svg::new(width, height);
     chart::draw(&runs, &mut svg);

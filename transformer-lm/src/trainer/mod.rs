@@ -266,7 +266,10 @@ impl<'a> Run<'a> {
         let batches = self.batches.next().unwrap_or_else(|| Ok(Vec::new()))?;
         profile::mark(&self.setup.world, profile::DATA, started);
         let update = match self.learner.update(&batches, lr, done, logs) {
-            Err(Error::Training(reason)) if self.learner.guard.gives_up() => return Err(self.give_up(reason)?),
+            Err(Error::Training(reason)) if self.learner.guard.gives_up() => {
+                let broken = !self.evaluator.evaluate(&self.learner.model, &self.setup.world)?.mean_loss().is_finite();
+                return Err(self.give_up(reason, broken)?);
+            }
             update => update?,
         };
         profile::mark(&self.setup.world, profile::UPDATE, started);
@@ -398,9 +401,9 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Why training ends without a result: `reason`, and what to go on from. All ranks call it and have the same answer.
-    fn give_up(&mut self, reason: String) -> Result<Error> {
-        let broken = !self.evaluator.evaluate(&self.learner.model, &self.setup.world)?.mean_loss().is_finite();
+    /// Why training ends without a result: `reason`, and what to go on from, which weights that are `broken` are not. All ranks call
+    /// it and have the same answer.
+    fn give_up(&mut self, reason: String, broken: bool) -> Result<Error> {
         let advice = match (&mut self.journal, &self.run) {
             (Some(journal), Some(run)) => Some(match journal.usable(run, broken, self.made)? {
                 Some(path) => format!(", then go on with --resume {}", path.display()),
@@ -422,7 +425,7 @@ impl<'a> Run<'a> {
                 "the validation loss after the last update, {step}, is not finite: final_model was not saved\n\
                  hint: lower training.learning_rate or raise training.warmup_steps"
             );
-            return Err(self.give_up(reason)?);
+            return Err(self.give_up(reason, true)?);
         }
         let stopped_early = self.has_converged() && self.state.global_step < self.total;
         let CheckpointState { global_step, loss, best_val_loss, .. } = self.state;
