@@ -4,8 +4,9 @@
 mod ranks;
 
 use std::sync::Barrier;
+use std::time::Duration;
 
-use hvd_core::config::Config;
+use hvd_core::config::{Config, Stall};
 use hvd_core::{Error, ProcessSet, ReduceOp, World};
 use proptest::prelude::*;
 use ranks::{Outcome, on_ranks, on_ranks_with, share, sum, sum_over, tensor};
@@ -201,8 +202,62 @@ fn a_lost_rank_ends_the_operations_of_every_set() {
     }
 }
 
+/// Reduces `x` in one of two sets after the other, where this rank is a member.
+fn reduce_in_both(sets: &[Option<ProcessSet>; 2], members: &[Vec<usize>; 2]) -> Outcome<()> {
+    for (set, members) in sets.iter().zip(members) {
+        if let Some(set) = set {
+            let mut data = tensor(set.rank(), 10);
+            set.allreduce("x", &mut data, ReduceOp::Sum)?;
+            assert_eq!(data, sum_over(members, 10));
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
+
+    /// Ranks that are in two sets submit a tensor in one or the other, and the rest of both in theirs. All wait for each other,
+    /// and all hear of it. So does it go with what was agreed on before, and they can go on.
+    #[test]
+    fn a_tensor_in_different_sets_is_an_error_on_every_rank(
+        (size, masks) in (2usize..=6).prop_flat_map(|size| {
+            let all = (1usize << size) - 1;
+            (Just(size), [3..=all, 3..=all].prop_map(|masks| masks.map(|mask| mask | 3)))
+        }),
+        choices in prop::collection::vec(0usize..2, 6),
+        cache_capacity in prop::sample::select(vec![0usize, 1024]),
+    ) {
+        let members = masks.map(|mask| (0..size).filter(|rank| mask >> rank & 1 == 1).collect::<Vec<_>>());
+        let (warn_after, fail_after) = (Duration::from_millis(50), Duration::from_secs(60));
+        let stall = Stall { disabled: false, warn_after, fail_after };
+        let config = Config { cache_capacity, stall, ..Config::default() };
+        on_ranks_with(size, &config, |world| {
+            let rank = world.rank();
+            let mut sets = [None, None];
+            for (set, members) in sets.iter_mut().zip(&members).filter(|(_, members)| members.contains(&rank)) {
+                *set = world.process_set(members)?;
+            }
+            for _ in 0..2 {
+                reduce_in_both(&sets, &members)?;
+                world.barrier()?;
+                let choice = match (&sets, rank) {
+                    ([Some(_), Some(_)], 0 | 1) => rank, // one of each at least
+                    ([Some(_), Some(_)], _) => choices[rank],
+                    ([Some(_), None], _) => 0,
+                    _ => 1,
+                };
+                if let Some(set) = &sets[choice] {
+                    let refused = set.allreduce("x", &mut tensor(rank, 10), ReduceOp::Sum);
+                    let Err(Error::Mismatch { detail, .. }) = refused else { panic!("rank {rank}: {refused:?}") };
+                    let other = format!(" sent it in the process set {:?}", members[1 - choice]);
+                    assert!(detail.contains("sent allreduce(Sum)") && detail.contains(&other), "{detail}");
+                }
+                world.barrier()?;
+            }
+            reduce_in_both(&sets, &members)
+        });
+    }
 
     /// Overlapping sets, in flight at once, submitted by each rank in its own order.
     #[test]

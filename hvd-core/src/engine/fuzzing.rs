@@ -2,7 +2,7 @@
 
 use smallvec::smallvec;
 
-use super::message::{Announcement, BitSet, RoundMessage, Signature, SignatureKind, TensorSignature};
+use super::message::{Announcement, BitSet, RoundMessage, SetName, Signature, SignatureKind, TensorSignature};
 use crate::device::Device;
 use crate::dtype::DType;
 
@@ -45,7 +45,8 @@ pub fn valid_negotiation() -> Vec<u8> {
     let signature = Signature { kind: SignatureKind::Allgather, device: Device::Cpu, tensors };
     let message = |rank: usize| {
         let announcement = Announcement::new(rank, 7, signature.clone(), vec![rank as u64 + 1]);
-        let announced = [("a tensor".to_string(), announcement)].into();
+        let astray = Announcement::astray(rank, SetName { number: 2, members: vec![0, rank] });
+        let announced = [("a tensor".to_string(), announcement), ("another".to_string(), astray)].into();
         let (joined, founding) = (BitSet::of(1), [(vec![0, 1], BitSet::of(0))].into());
         let message = RoundMessage { ready: BitSet::of(70), announced, closing: false, tuned: None, joined, founding };
         message.encode().unwrap_or_default()

@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
+use super::WORLD;
 use super::submission::{Allreduce, OpKind, Submission};
 use super::tuner::Tuned;
 use crate::device::Device;
@@ -282,6 +283,24 @@ impl fmt::Display for Signature {
     }
 }
 
+/// What a set of ranks is called.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SetName {
+    /// [`WORLD`] or another, by which its members find it.
+    pub number: u32,
+    /// For those who are no members: the ranks of the world in it.
+    pub members: Vec<usize>,
+}
+
+impl fmt::Display for SetName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.number {
+            WORLD => f.write_str("the world"),
+            _ => write!(f, "the process set {:?}", self.members),
+        }
+    }
+}
+
 /// What some ranks have said of one name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announcement {
@@ -291,6 +310,9 @@ pub struct Announcement {
     pub variants: Vec<(Signature, BitSet)>,
     /// Of an allgather: each announcing rank's first dimension of each tensor.
     pub first_dims: BTreeMap<u64, Vec<u64>>,
+    /// The ranks that do not announce it, as each has submitted it in another set and waits there for some of those that have
+    /// announced it here. Who announces it later is astray no more.
+    pub astray: BTreeMap<u64, SetName>,
 }
 
 impl Announcement {
@@ -298,13 +320,26 @@ impl Announcement {
     pub fn new(rank: usize, sequence: u64, signature: Signature, first_dims: Vec<u64>) -> Self {
         let first_dims = Some(first_dims).filter(|dims| !dims.is_empty());
         let first_dims = first_dims.map(|dims| (rank as u64, dims)).into_iter().collect();
-        Announcement { order: (rank as u64, sequence), variants: vec![(signature, BitSet::of(rank))], first_dims }
+        let variants = vec![(signature, BitSet::of(rank))];
+        Announcement { order: (rank as u64, sequence), variants, first_dims, astray: BTreeMap::new() }
+    }
+
+    /// One rank's word that it has submitted the name in another set.
+    pub fn astray(rank: usize, place: SetName) -> Self {
+        Announcement { order: (u64::MAX, u64::MAX), astray: [(rank as u64, place)].into(), ..Announcement::default() }
     }
 
     /// The ranks that have announced the name.
     pub fn ranks(&self) -> BitSet {
         let mut all = BitSet::default();
         self.variants.iter().for_each(|(_, ranks)| all.union(ranks));
+        all
+    }
+
+    /// The ranks that have announced it, or have said that they are astray.
+    pub fn answered(&self) -> BitSet {
+        let mut all: BitSet = self.astray.keys().map(|&rank| rank as usize).collect();
+        all.union(&self.ranks());
         all
     }
 
@@ -318,16 +353,23 @@ impl Announcement {
             }
         }
         self.first_dims.extend(other.first_dims);
+        self.astray.extend(other.astray);
+        let announced = self.ranks();
+        self.astray.retain(|&rank, _| !announced.contains(rank as usize));
     }
 
     /// Who sent what, for an error: the same text on every rank. `members`: the set's ranks as the world numbers them.
     pub fn describe(&self, members: &[usize]) -> String {
-        let mut lines: Vec<_> = self.variants.iter().collect();
-        lines.sort_by_key(|(_, ranks)| ranks.iter().next());
-        let line = |(signature, ranks): &(Signature, BitSet)| {
+        let mut strays: BTreeMap<&SetName, BitSet> = BTreeMap::new();
+        self.astray.iter().for_each(|(&rank, place)| strays.entry(place).or_default().insert(rank as usize));
+        let sent = self.variants.iter().map(|(signature, ranks)| (ranks.clone(), signature.to_string()));
+        let astray = strays.into_iter().map(|(place, ranks)| (ranks, format!("it in {place}")));
+        let mut lines: Vec<_> = sent.chain(astray).collect();
+        lines.sort_by_key(|(ranks, _)| ranks.iter().next());
+        let line = |(ranks, what): (BitSet, String)| {
             let ranks: Vec<_> = ranks.iter().map(|rank| members.get(rank).unwrap_or(&rank).to_string()).collect();
             let noun = if ranks.len() == 1 { "rank" } else { "ranks" };
-            format!("{noun} {} sent {signature}", ranks.join(", "))
+            format!("{noun} {} sent {what}", ranks.join(", "))
         };
         lines.into_iter().map(line).collect::<Vec<_>>().join("; ")
     }
@@ -338,8 +380,7 @@ impl Announcement {
         if self.variants.len() < 2 {
             return;
         }
-        let apart = Announcement { variants: std::mem::take(&mut self.variants), ..Announcement::default() };
-        for (mut signature, ranks) in apart.variants {
+        for (mut signature, ranks) in std::mem::take(&mut self.variants) {
             signature.tensors.iter_mut().for_each(|tensor| tensor.place = None);
             self.merge(Announcement {
                 order: self.order,
@@ -357,7 +398,7 @@ impl Announcement {
     pub fn agreement(mut self, name: &str, members: &[usize]) -> Result<(Signature, Vec<Vec<u64>>), Error> {
         self.unite_places();
         let flaw = match &self.variants[..] {
-            [(signature, _)] => signature.flaw(),
+            [(signature, _)] if self.astray.is_empty() => signature.flaw(),
             _ => return Err(Error::Mismatch { name: name.into(), detail: self.describe(members) }),
         };
         match (flaw, self.variants.pop()) {
@@ -376,7 +417,7 @@ impl Announcement {
     /// What is wrong with an announcement in a world of `size` ranks.
     fn flaw(&self, size: usize) -> Option<&'static str> {
         let highest = self.variants.iter().filter_map(|(_, ranks)| ranks.highest()).max();
-        let gathered = self.first_dims.keys().next_back().map(|&rank| rank as usize);
+        let gathered = self.first_dims.keys().chain(self.astray.keys()).max().map(|&rank| rank as usize);
         let counted =
             |dims: &Vec<u64>| self.variants.iter().any(|(signature, _)| signature.tensors.len() == dims.len());
         if highest.max(gathered).is_none_or(|rank| rank >= size) {
@@ -457,5 +498,28 @@ impl RoundMessage {
     /// The bytes for a peer. Never empty.
     pub fn encode(&self) -> Result<Vec<u8>, String> {
         postcard::to_extend(self, Vec::with_capacity(USUAL_BYTES)).map_err(|error| error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_that_announces_late_is_astray_no_more() {
+        let signature = Signature { kind: SignatureKind::Barrier, device: Device::Cpu, tensors: SmallVec::new() };
+        let announced = |rank| Announcement::new(rank, 5, signature.clone(), Vec::new());
+        let mut known = announced(0);
+        known.merge(Announcement::astray(1, SetName { number: 7, members: vec![2, 4] }));
+        assert_eq!((known.ranks().count(), known.answered().count(), known.order), (1, 2, (0, 5)));
+        let Err(Error::Mismatch { detail, .. }) = known.clone().agreement("x", &[2, 4]) else { panic!("{known:?}") };
+        assert_eq!(detail, "rank 2 sent barrier; rank 4 sent it in the process set [2, 4]");
+        let mut other_way = Announcement::astray(1, SetName { number: 7, members: vec![2, 4] });
+        other_way.merge(announced(1));
+        for late in [announced(1), other_way] {
+            let mut all = known.clone();
+            all.merge(late);
+            assert!(all.agreement("x", &[2, 4]).is_ok());
+        }
     }
 }

@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 use self::entry::{Entry, Item};
 use self::founding::{Foundation, Members};
 use self::messages::Messages;
-use self::set::Set;
+use self::set::{Findings, Set, Stray};
 use self::stall::{Complaint, Overdue, StallInspector};
 use self::submission::Completion;
 use self::tuner::Tuner;
@@ -226,13 +226,14 @@ impl Core {
             }
             return Ok(moved);
         }
-        let mut foundations = Vec::new();
+        let mut findings = Findings::default();
         for set in self.sets.values_mut() {
-            moved |= set.step(&mut *self.transport, &self.observers, &mut foundations)?;
+            moved |= set.step(&mut *self.transport, &self.observers, &mut findings)?;
         }
-        for foundation in foundations {
+        for foundation in findings.foundations {
             self.conclude(foundation)?;
         }
+        findings.strays.into_iter().for_each(|stray| self.say_astray(stray));
         moved |= self.messages.step(&mut *self.transport)?;
         Ok(self.end_closed() || moved)
     }
@@ -364,20 +365,38 @@ impl Core {
 
     /// What of this rank's has waited for `age` in any process set.
     fn overdue(&mut self, now: Instant, age: Duration) -> Vec<Overdue> {
-        let of_set = |set: &mut Set| {
-            let title = set.title();
-            set.overdue(now, age).into_iter().map(move |tensor| (title.clone(), tensor)).collect::<Vec<_>>()
+        let of_set = |(&number, set): (&u32, &mut Set)| {
+            set.overdue(now, age).into_iter().map(move |it| (number, it)).collect::<Vec<_>>()
         };
-        let mut overdue: Vec<_> = self.sets.values_mut().flat_map(of_set).collect();
-        for (title, tensor) in &mut overdue {
-            if let Some(other) = self.sets.values().find(|set| set.lacks(&tensor.name)) {
-                let (own, name, other) = (self.transport.rank(), &tensor.name, other.title());
-                let text =
-                    format!("rank {own} submitted `{name}` in {title}, and others wait for its `{name}` in {other}");
-                (tensor.astray, tensor.speaks) = (Some(text), true);
+        let mut overdue: Vec<_> = self.sets.iter_mut().flat_map(of_set).collect();
+        overdue.iter_mut().for_each(|(number, tensor)| self.look_elsewhere(*number, tensor));
+        overdue.into_iter().map(|(_, tensor)| tensor).collect()
+    }
+
+    /// Sees whether ranks of other sets wait for this one to submit there what it has submitted in the set `number`. Where it
+    /// waits for one of them, too, neither can go on, and the other set is told.
+    fn look_elsewhere(&mut self, number: u32, tensor: &mut Overdue) {
+        let Some(here) = self.sets.get(&number).map(Set::name) else { return };
+        let waits = |(&other, set): (&u32, &Set)| {
+            let ranks = set.wait_for_this_rank(&tensor.name);
+            let deadlocked = ranks.iter().any(|rank| tensor.missing.contains(rank));
+            (!ranks.is_empty()).then(|| (other, set.name(), deadlocked))
+        };
+        let others: Vec<_> = self.sets.iter().filter_map(waits).collect();
+        for (other, there, deadlocked) in others {
+            let (own, name) = (self.transport.rank(), &tensor.name);
+            let text = format!("rank {own} submitted `{name}` in {here}, and others wait for its `{name}` in {there}");
+            (tensor.astray, tensor.speaks) = (Some(text), true);
+            if deadlocked && self.sets.get_mut(&number).is_some_and(|set| set.note_told(name, other)) {
+                self.say_astray(Stray { name: name.clone(), set: other, place: here.clone() });
             }
         }
-        overdue.into_iter().map(|(_, tensor)| tensor).collect()
+    }
+
+    fn say_astray(&mut self, Stray { name, set, place }: Stray) {
+        if let Some(set) = self.sets.get_mut(&set) {
+            set.say_astray(&name, place);
+        }
     }
 
     /// Whether what is under way waits for a slow link.

@@ -3,14 +3,14 @@
 //! There is no coordinator. In each round (see [`super::exchange`]) all ranks hear the same, and each draws the same
 //! conclusions: it keeps the same table of what was announced and the same cache of what was agreed on before.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cache::{Agreement, ResponseCache};
 use super::exchange::Exchange;
 use super::founding::{Foundation, Founding, Members};
-use super::message::{Announcement, BitSet, RoundMessage, Signature, SignatureKind};
+use super::message::{Announcement, BitSet, RoundMessage, SetName, Signature, SignatureKind};
 use super::stall::Overdue;
 use super::tuner::Tuned;
 use crate::error::{Error, Result};
@@ -27,10 +27,13 @@ pub enum Verdict {
         /// How many ranks have not joined: what they contribute is all there is.
         contributors: usize,
     },
-    /// All ranks have it and disagree.
+    /// All ranks have it and disagree, or have it in different sets.
     Refused {
         /// The tensor's name.
         name: String,
+        /// The other sets in which ranks wait for this one to submit the tensor, as far as they do not know yet that it will
+        /// not: it had it here.
+        owed: Vec<u32>,
         /// Says who sent what; the same text on every rank.
         error: Error,
     },
@@ -54,6 +57,8 @@ struct Waiting {
     seen: Option<Instant>,
     /// The round after which it is known of every rank whether it has this tensor; `None` if no rank had it as a bit.
     counted: Option<u64>,
+    /// The other sets that were told that this rank has it here.
+    told: Vec<u32>,
 }
 
 /// The negotiation of one set of ranks, seen from one of them.
@@ -69,6 +74,8 @@ pub struct Negotiation {
     waiting: HashMap<String, Waiting>,
     /// Those of `waiting` that no round has told the others yet.
     unannounced: Vec<String>,
+    /// What others wait for and this rank has submitted in another set, if no round has told them yet.
+    astray: BTreeMap<String, SetName>,
     /// What rounds have told and is not ready. The same on all ranks.
     table: BTreeMap<String, Announcement>,
     next_sequence: u64,
@@ -103,6 +110,7 @@ impl Negotiation {
             cache: ResponseCache::new(cache_capacity),
             waiting: HashMap::new(),
             unannounced: Vec::new(),
+            astray: BTreeMap::new(),
             table: BTreeMap::new(),
             next_sequence: 0,
             rounds: 0,
@@ -126,7 +134,9 @@ impl Negotiation {
         if slot.is_none() {
             self.unannounced.push(name.to_string());
         }
-        let waiting = Waiting { signature, first_dims, sequence: self.next_sequence, slot, seen: None, counted: None };
+        let (sequence, told) = (self.next_sequence, Vec::new());
+        let waiting = Waiting { signature, first_dims, sequence, slot, seen: None, counted: None, told };
+        self.astray.remove(name);
         self.waiting.insert(name.to_string(), waiting);
         self.news = true;
     }
@@ -174,6 +184,7 @@ impl Negotiation {
         if self.exchange.is_due(transport, self.news)? {
             let own = self.contribution();
             self.unannounced.clear();
+            self.astray.clear();
             self.proposed = None;
             self.asked = None;
             self.news = false;
@@ -203,12 +214,30 @@ impl Negotiation {
         self.news
     }
 
-    /// Whether others have this tensor and wait for this rank's. Nobody waits for a rank that has joined.
-    pub fn lacks(&self, name: &str) -> bool {
-        let others_have = |announcement: &Announcement| !announcement.ranks().contains(self.rank);
-        !self.joined.contains(&self.rank)
-            && !self.waiting.contains_key(name)
-            && self.table.get(name).is_some_and(others_have)
+    /// The ranks that have this tensor and wait for this rank's. Nobody waits for a rank that has joined.
+    pub fn wait_for_this_rank(&self, name: &str) -> BitSet {
+        let ranks = self.table.get(name).map(Announcement::ranks).unwrap_or_default();
+        match ranks.contains(self.rank) || self.has_joined() || self.waiting.contains_key(name) {
+            true => BitSet::default(),
+            false => ranks,
+        }
+    }
+
+    /// Tells the others that this rank has submitted in `place` what they wait for here, if it has not submitted it here, too.
+    pub fn say_astray(&mut self, name: &str, place: SetName) {
+        if !self.waiting.contains_key(name) {
+            self.astray.insert(name.to_string(), place);
+            self.news = true;
+        }
+    }
+
+    /// Notes that the set `other` is told that this rank has a tensor here. `false` if it was told before.
+    pub fn note_told(&mut self, name: &str, other: u32) -> bool {
+        let Some(waiting) = self.waiting.get_mut(name).filter(|waiting| !waiting.told.contains(&other)) else {
+            return false;
+        };
+        waiting.told.push(other);
+        true
     }
 
     /// What of this rank's has waited for `age`, and who lacks it. A tensor that is in the cache is announced in full first:
@@ -246,7 +275,9 @@ impl Negotiation {
             let (signature, first_dims) = (waiting.signature.clone(), waiting.first_dims.clone());
             Some((name.clone(), Announcement::new(self.rank, waiting.sequence, signature, first_dims)))
         };
-        let announced = self.unannounced.iter().filter_map(announce).collect();
+        let astray =
+            self.astray.iter().map(|(name, place)| (name.clone(), Announcement::astray(self.rank, place.clone())));
+        let announced = self.unannounced.iter().filter_map(announce).chain(astray).collect();
         let joined = joins.then_some(self.rank).into_iter().collect();
         let founding =
             self.asked.iter().map(|members| (members.clone(), BitSet::of(self.members[self.rank]))).collect();
@@ -268,8 +299,8 @@ impl Negotiation {
         }
         for name in self.complete(names) {
             if let Some(announcement) = self.table.remove(&name) {
-                self.waiting.remove(&name);
-                verdicts.push(self.judge(name, announcement));
+                let owed = self.waiting.remove(&name).map(|waiting| owed(waiting, &announcement)).unwrap_or_default();
+                verdicts.push(self.judge(name, announcement, owed));
             }
         }
         verdicts.extend(self.founding.conclude(heard.founding).into_iter().map(Verdict::Founded));
@@ -303,6 +334,9 @@ impl Negotiation {
 
     /// Takes in what was announced of a name; gives the name.
     fn note_announced(&mut self, name: String, announcement: Announcement) -> String {
+        if announcement.variants.is_empty() && !self.table.contains_key(&name) {
+            return name; // Who is astray was waited for, and is no more.
+        }
         let was_cached = self.forget(&name);
         let known = self.table.entry(name.clone()).or_default();
         match known.variants.is_empty() {
@@ -321,7 +355,7 @@ impl Negotiation {
 
     fn is_complete(&self, name: &str) -> bool {
         let Some(announcement) = self.table.get(name) else { return false };
-        let mut ranks = announcement.ranks();
+        let mut ranks = announcement.answered();
         ranks.union(&self.joined.iter().copied().collect());
         ranks.count() == self.size
     }
@@ -333,10 +367,10 @@ impl Negotiation {
         names
     }
 
-    fn judge(&mut self, name: String, announcement: Announcement) -> Verdict {
+    fn judge(&mut self, name: String, announcement: Announcement, owed: Vec<u32>) -> Verdict {
         let (signature, first_dims) = match announcement.agreement(&name, &self.members) {
             Ok(agreed) => agreed,
-            Err(error) => return Verdict::Refused { name, error },
+            Err(error) => return Verdict::Refused { name, owed, error },
         };
         let agreement = Arc::new(Agreement { name, signature, first_dims });
         let lasts = agreement.first_dims.is_empty() || self.joined.is_empty();
@@ -357,7 +391,7 @@ impl Negotiation {
                 let name = agreement.name.clone();
                 let error =
                     Error::Invalid(format!("`{name}`: the root, rank {root}, has joined and has nothing to broadcast"));
-                Verdict::Refused { name, error }
+                Verdict::Refused { name, owed: Vec::new(), error }
             }
             _ => Verdict::Ready { agreement, contributors: self.size - self.joined.len() },
         }
@@ -383,4 +417,10 @@ impl Negotiation {
             self.news = true;
         }
     }
+}
+
+/// The sets of those who are astray that were not told that this rank waited for them here.
+fn owed(waiting: Waiting, announcement: &Announcement) -> Vec<u32> {
+    let sets: BTreeSet<_> = announcement.astray.values().map(|place| place.number).collect();
+    sets.into_iter().filter(|set| !waiting.told.contains(set)).collect()
 }

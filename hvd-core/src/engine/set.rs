@@ -12,7 +12,7 @@ use super::entry::{Entry, Item};
 use super::execute::Execution;
 use super::founding::{Foundation, Members};
 use super::fusion::{Batch, Ready, plan};
-use super::message::Signature;
+use super::message::{SetName, Signature};
 use super::negotiation::{Negotiation, Verdict};
 use super::observe::Phase;
 use super::stall::Overdue;
@@ -27,6 +27,24 @@ use crate::transport::subset::Subset;
 
 /// Operations over the transport that may be under way at once.
 const MAX_RUNNING: usize = 4;
+
+/// What a set has found that is not its own matter.
+#[derive(Default)]
+pub(super) struct Findings {
+    /// What came of sets in the making.
+    pub foundations: Vec<Foundation>,
+    /// What other sets wait for in vain.
+    pub strays: Vec<Stray>,
+}
+
+/// A tensor that the ranks of one set wait for, and this rank has submitted in another.
+pub(super) struct Stray {
+    pub name: String,
+    /// Where it is waited for.
+    pub set: u32,
+    /// Where this rank submitted it.
+    pub place: SetName,
+}
 
 /// What the ranks of a set have under way, as one of them knows it.
 pub(super) struct Set {
@@ -133,13 +151,12 @@ impl Set {
         self.negotiation.needs_transport() || self.running.iter().any(|execution| !execution.route().is_shared())
     }
 
-    /// Goes on as far as it can without waiting. Gives whether anything moved; what came of sets in the making goes into
-    /// `foundations`.
+    /// Goes on as far as it can without waiting. Gives whether anything moved; what others are to act on goes into `findings`.
     pub(super) fn step(
         &mut self,
         transport: &mut dyn Transport,
         observers: &Observers,
-        foundations: &mut Vec<Foundation>,
+        findings: &mut Findings,
     ) -> Result<bool> {
         let (members, rank) = (self.backend.members.clone(), self.backend.rank);
         let mut part;
@@ -156,27 +173,31 @@ impl Set {
             if let Some(tuned) = self.negotiation.take_agreed() {
                 self.change_settings(tuned);
             }
-            self.follow(verdicts, observers, foundations);
+            self.follow(verdicts, observers, findings);
             moved = true;
         }
         Ok(self.run(transport, observers)? || moved)
     }
 
     /// Turns what the ranks concluded in one round into batches.
-    fn follow(&mut self, verdicts: Vec<Verdict>, observers: &Observers, foundations: &mut Vec<Foundation>) {
+    fn follow(&mut self, verdicts: Vec<Verdict>, observers: &Observers, findings: &mut Findings) {
         let mut ready = Vec::new();
         for verdict in verdicts {
             match verdict {
                 Verdict::Ready { agreement, contributors } => {
                     ready.extend(self.ready_tensors(&agreement, contributors, observers));
                 }
-                Verdict::Refused { name, error } => self.refuse(&name, error, observers),
+                Verdict::Refused { name, owed, error } => {
+                    self.refuse(&name, error, observers);
+                    let stray = |set| Stray { name: name.clone(), set, place: self.name() };
+                    findings.strays.extend(owed.into_iter().map(stray));
+                }
                 Verdict::Joined { last } => {
                     if let Some(entry) = self.joining.take() {
                         entry.complete(Ok(Completion::answer(last)));
                     }
                 }
-                Verdict::Founded(foundation) => foundations.push(foundation),
+                Verdict::Founded(foundation) => findings.foundations.push(foundation),
             }
         }
         self.ready.extend(plan(ready, self.fusion_threshold_bytes, self.backend.segment_bytes));
@@ -295,17 +316,24 @@ impl Set {
         overdue
     }
 
-    /// Whether other ranks of the set have this tensor, and this rank has not.
-    pub(super) fn lacks(&self, name: &str) -> bool {
-        self.negotiation.lacks(name)
+    /// The ranks of the world that have this tensor in this set and wait for this rank's.
+    pub(super) fn wait_for_this_rank(&self, name: &str) -> Vec<usize> {
+        self.negotiation.wait_for_this_rank(name).iter().map(|rank| self.backend.members[rank]).collect()
     }
 
-    /// What a message calls it.
-    pub(super) fn title(&self) -> String {
-        match self.number {
-            0 => "the world".into(),
-            _ => format!("the process set {:?}", self.backend.members),
-        }
+    /// Tells the others that this rank has submitted in `place` what they wait for here.
+    pub(super) fn say_astray(&mut self, name: &str, place: SetName) {
+        self.negotiation.say_astray(name, place);
+    }
+
+    /// Notes that the set `other` is told that this rank has a tensor here. `false` if it was told before.
+    pub(super) fn note_told(&mut self, name: &str, other: u32) -> bool {
+        self.negotiation.note_told(name, other)
+    }
+
+    /// What it is called.
+    pub(super) fn name(&self) -> SetName {
+        SetName { number: self.number, members: self.backend.members.to_vec() }
     }
 
     /// Announces to the ranks that share memory with this one that it will sleep. `false` if it must not yet.
