@@ -60,6 +60,11 @@ impl Wire {
 
 /// A world whose last rank reaches the others over `wire` only.
 fn world(size: usize, wire: &Wire, options: &TcpOptions) -> Vec<Rank> {
+    world_over(size, &vec![wire.clone(); size], options)
+}
+
+/// A world whose last rank reaches each other one over a wire of its own.
+fn world_over(size: usize, wires: &[Wire], options: &TcpOptions) -> Vec<Rank> {
     let addresses = Mutex::new(vec![None; size]);
     let seeds = Mutex::new([[0; 32]; 16]);
     let all_listen = Barrier::new(size);
@@ -68,8 +73,8 @@ fn world(size: usize, wire: &Wire, options: &TcpOptions) -> Vec<Rank> {
             addresses.lock().unwrap()[rank] = Some(address);
             seeds.lock().unwrap()[rank] = seed;
             all_listen.wait();
-            let direct = addresses.lock().unwrap().clone().into_iter().flatten();
-            let seen = |address| if rank + 1 == size { wire.relay_to(address) } else { address };
+            let direct = addresses.lock().unwrap().clone().into_iter().flatten().zip(wires);
+            let seen = |(address, wire): (_, &Wire)| if rank + 1 == size { wire.relay_to(address) } else { address };
             Ok((direct.map(seen).collect(), seeds.lock().unwrap()[0]))
         })
         .expect("a rank cannot connect")
@@ -143,5 +148,57 @@ fn a_goodbye_that_never_comes_is_missed() {
         let error = until(&mut *rank, |rank| Ok(rank.close()?.then_some(()))).expect_err("rank 1 says no goodbye");
         let Error::PeerLost { rank: 1, cause } = error else { panic!("{error}") };
         assert!(cause.contains("did not say goodbye within 2 s"), "{cause}");
+    });
+}
+
+/// It dies, or is cut off, between two of its goodbyes: who has heard one parts in peace, who has not names it.
+#[test]
+fn a_goodbye_that_reaches_some_ranks_only() {
+    watched(|| {
+        // The last rank's neighbours are 0 and 2; that rank 1 is cut off from it, no heart beat tells.
+        for deaf in [0, 1] {
+            let wires: Vec<_> = (0..4).map(|_| Wire::default()).collect();
+            let ranks = world_over(4, &wires, &options(TIMEOUT));
+            wires[deaf].cut.store(true, Ordering::Release);
+            let ends = on_each(ranks, |mut rank| until(&mut *rank, |rank| Ok(rank.close()?.then_some(()))));
+            wires[deaf].cut.store(false, Ordering::Release);
+            for (rank, end) in ends.into_iter().enumerate() {
+                let expected = if rank == deaf {
+                    Some(3)
+                } else if rank == 3 {
+                    Some(deaf)
+                } else {
+                    None
+                };
+                let lost = end.err().map(|error| match error {
+                    Error::PeerLost { rank, .. } => rank,
+                    error => panic!("{error}"),
+                });
+                assert_eq!(lost, expected, "rank {rank}, where rank {deaf} heard no goodbye");
+            }
+        }
+    });
+}
+
+/// Rank 1 knows that all shut down, and the others wait for word of it from the last rank, which is silent from then on.
+#[test]
+fn who_waits_for_a_silent_rank_is_not_blamed_for_its_missing_goodbye() {
+    watched(|| {
+        let wire = Wire::default();
+        let ranks = world(4, &wire, &options(TIMEOUT));
+        let ends = on_each(ranks, |mut rank| match rank.rank() {
+            1 => until(&mut *rank, |rank| Ok(rank.close()?.then_some(()))).expect_err("nobody else says goodbye"),
+            3 => {
+                // Rank 1 has begun to wait by now, and heartbeats have come since. If it has not, the test shows less.
+                std::thread::sleep(TIMEOUT / 3);
+                wire.cut.store(true, Ordering::Release);
+                failure(&mut *rank)
+            }
+            _ => failure(&mut *rank),
+        });
+        wire.cut.store(false, Ordering::Release);
+        for (rank, error) in ends.into_iter().enumerate().filter(|(rank, _)| *rank != 3) {
+            assert!(matches!(error, Error::PeerLost { rank: 3, .. }), "rank {rank}: {error}");
+        }
     });
 }

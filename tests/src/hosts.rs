@@ -89,11 +89,15 @@ impl Hosts {
     /// # Panics
     /// If the system refuses.
     pub fn cut(&self, host: usize, how: Cut) {
-        let done = match how {
-            Cut::Cable => run(&format!("ip -n {} link set port{host} down", self.switch)),
-            Cut::Card => run(&format!("ip -n {} link set eth0 down", self.names[host])),
-        };
-        assert!(done, "cannot cut host {host} off");
+        assert!(run(&self.cutting(host, how)), "cannot cut host {host} off");
+    }
+
+    /// The command that does [`Hosts::cut`], for [`run`].
+    pub fn cutting(&self, host: usize, how: Cut) -> String {
+        match how {
+            Cut::Cable => format!("ip -n {} link set port{host} down", self.switch),
+            Cut::Card => format!("ip -n {} link set eth0 down", self.names[host]),
+        }
     }
 
     fn make(&self) -> bool {
@@ -124,7 +128,7 @@ impl Drop for Hosts {
 }
 
 /// Runs a command in silence; gives whether it succeeded.
-fn run(line: &str) -> bool {
+pub fn run(line: &str) -> bool {
     let words: Vec<_> = line.split(' ').collect();
     let command = Command::new(words[0]).args(&words[1..]).stdout(Stdio::null()).stderr(Stdio::null()).status();
     command.is_ok_and(|status| status.success())

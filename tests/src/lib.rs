@@ -8,7 +8,7 @@ mod hosts;
 mod job;
 mod launcher;
 
-pub use hosts::{Cut, Hosts};
+pub use hosts::{Cut, Hosts, run};
 pub use job::{Finished, Job, Running};
 pub use launcher::{Launcher, binary, mpi_plugin};
 

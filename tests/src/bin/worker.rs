@@ -1,13 +1,14 @@
 //! One rank of the jobs that the tests start. Every command checks what it gets and ends with a code other than 0 when
 //! something is wrong.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 use hvd_core::{Allreduce, Compression, ReduceOp, World};
 use hvd_tests::conformance;
+use rustix::process::Signal;
 
 #[derive(Parser)]
 struct Args {
@@ -58,6 +59,24 @@ enum Command {
     Busy {
         #[arg(long)]
         phase: Phase,
+    },
+    /// Says `busy`; then all ranks shut down at once, while a blow falls on one of them.
+    Farewell {
+        /// They begin when this file is there.
+        #[arg(long)]
+        until: PathBuf,
+        /// Who is struck.
+        #[arg(long)]
+        victim: usize,
+        /// A signal, `KILL` or `STOP`, or a command that cuts it off.
+        #[arg(long)]
+        blow: String,
+        /// When it strikes, from when all ranks are there.
+        #[arg(long)]
+        blow_after_us: u64,
+        /// When the victim wants to shut down, from then on; the others do at once.
+        #[arg(long)]
+        leave_after_us: u64,
     },
     /// Makes one world after the other; every other one is failed by one of its ranks.
     Again {
@@ -118,6 +137,10 @@ fn main() -> Result<()> {
         }
         Command::Stall { rank, until } => stall(&world, rank, until)?,
         Command::Astray => astray(&world)?,
+        Command::Farewell { until, victim, blow, blow_after_us, leave_after_us } => {
+            let [blow_after, leave_after] = [blow_after_us, leave_after_us].map(Duration::from_micros);
+            farewell(&world, &until, (world.rank() == victim).then_some((blow, blow_after, leave_after)))?;
+        }
         Command::Topology => println!("{:?}", world.topology()),
         Command::Busy { .. } | Command::Again { .. } | Command::Twice => {} // Make their own worlds.
     }
@@ -130,13 +153,52 @@ fn stall(world: &World, rank: usize, until: Option<PathBuf>) -> Result<()> {
     steps(world, 3, 10)?;
     if world.rank() == rank {
         let Some(file) = until else { return Ok(world.shutdown()?) };
-        while !file.exists() {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_for(&file);
     }
     // One that is known from the steps before, and a new one.
     for handle in ["steps", "fresh"].map(|name| world.allreduce_async(name, vec![1.0f32; 10], ReduceOp::Sum)) {
         ensure!(handle?.wait()? == vec![world.size() as f32; 10], "a wrong sum");
+    }
+    Ok(())
+}
+
+fn wait_for(file: &Path) {
+    while !file.exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// `struck`: what falls on this rank, when, and when it wants to shut down.
+fn farewell(world: &World, until: &Path, struck: Option<(String, Duration, Duration)>) -> Result<()> {
+    steps(world, 3, 1000)?;
+    println!("busy");
+    wait_for(until);
+    world.barrier()?;
+    let begin = Instant::now();
+    let Some((blow, blow_after, leave_after)) = struck else { return Ok(world.shutdown()?) };
+    let blow = std::thread::spawn(move || {
+        pass(begin + blow_after);
+        strike(&blow)
+    });
+    pass(begin + leave_after);
+    let ended = world.shutdown();
+    blow.join().expect("the blow falls")?;
+    Ok(ended?)
+}
+
+/// To the microsecond, as no sleep is.
+fn pass(until: Instant) {
+    while Instant::now() < until {
+        std::hint::spin_loop();
+    }
+}
+
+fn strike(blow: &str) -> Result<()> {
+    let own = rustix::process::getpid();
+    match blow {
+        "KILL" => rustix::process::kill_process(own, Signal::KILL)?,
+        "STOP" => rustix::process::kill_process(own, Signal::STOP)?,
+        command => ensure!(hvd_tests::run(command), "`{command}` failed"),
     }
     Ok(())
 }

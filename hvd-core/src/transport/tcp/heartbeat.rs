@@ -55,9 +55,10 @@ struct Shared {
 #[derive(Default)]
 struct Findings {
     silent: Vec<usize>,
-    /// When all goodbyes must have come; set when this rank says its own.
-    farewell_by: Option<Instant>,
-    farewell_is_overdue: bool,
+    /// Since when goodbyes are waited for: this rank has said its own.
+    farewell_since: Option<Instant>,
+    /// How many timeouts they have taken.
+    farewell_timeouts: u32,
     stop: bool,
 }
 
@@ -90,13 +91,16 @@ impl Heartbeat {
 
     /// This rank has said goodbye: the others, who agreed to, have to do so within the timeout.
     pub(super) fn expect_farewell(&self) {
-        self.shared.findings.lock().farewell_by = Some(Instant::now() + self.shared.timeout);
+        self.shared.findings.lock().farewell_since = Some(Instant::now());
         self.shared.nudge();
     }
 
-    /// Whether that time is over.
-    pub(super) fn farewell_is_overdue(&self) -> bool {
-        self.shared.alarm.load(Ordering::Acquire) && self.shared.findings.lock().farewell_is_overdue
+    /// How many timeouts have passed since then.
+    pub(super) fn farewell_timeouts(&self) -> u32 {
+        match self.shared.alarm.load(Ordering::Acquire) {
+            true => self.shared.findings.lock().farewell_timeouts,
+            false => 0,
+        }
     }
 }
 
@@ -187,8 +191,8 @@ impl Listener {
     /// This process was held up: what the others did meanwhile, nobody knows.
     fn start_over(&mut self, now: Instant) {
         self.neighbours.iter_mut().for_each(|neighbour| neighbour.heard = now);
-        let farewell_by = &mut self.shared.findings.lock().farewell_by;
-        *farewell_by = farewell_by.map(|_| now + self.shared.timeout);
+        let since = &mut self.shared.findings.lock().farewell_since;
+        *since = since.map(|_| now);
     }
 
     /// Notes who was silent for too long; gives whether it is time to stop.
@@ -199,8 +203,11 @@ impl Listener {
         let before = findings.silent.len();
         findings.silent.extend(self.neighbours.iter().filter(|neighbour| silent(neighbour)).map(|n| n.rank));
         self.neighbours.retain(|neighbour| !silent(neighbour));
-        let overdue = findings.farewell_by.take_if(|by| now >= *by).is_some();
-        findings.farewell_is_overdue |= overdue;
+        let overdue = findings.farewell_since.take_if(|since| now.duration_since(*since) >= timeout).is_some();
+        if overdue {
+            findings.farewell_timeouts += 1;
+            findings.farewell_since = Some(now);
+        }
         if overdue || findings.silent.len() > before {
             self.shared.raise_alarm();
         }
