@@ -7,11 +7,10 @@ use hvd_core::config::Config;
 use hvd_core::{Error, ReduceOp, World};
 use serde_json::Value;
 
-/// The events of a file that may lack its end.
+/// The events of a file.
 fn events(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).expect("the timeline");
-    let whole = format!("{}]", text.trim_end().trim_end_matches(','));
-    serde_json::from_str(&whole).expect("an array of events")
+    serde_json::from_str(&text).expect("an array of events")
 }
 
 /// A slice: its name, and those inside it.

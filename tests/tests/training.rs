@@ -363,8 +363,7 @@ fn a_profile_shows_what_each_update_does_on_every_rank() {
     lab.train(2, "runs", &sets).args(["--profile".into(), path.clone()]).run().assert_success();
 
     let text = std::fs::read_to_string(&path).expect("the trace");
-    let whole = format!("{}]", text.trim_end().trim_end_matches(','));
-    let events: Vec<serde_json::Value> = serde_json::from_str(&whole).expect("an array of events");
+    let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("an array of events");
     for rank in [0, 1] {
         let slices = slices(&events, rank);
         let updates: Vec<&Slice> = slices.iter().filter(|slice| slice.name == "update").collect();

@@ -1,16 +1,17 @@
 //! What happened when, as a file that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 //!
-//! The format is the array form of Chrome's trace events: one event a line, no closing bracket, so that the file is whole
-//! at any moment, also after a crash. All ranks of a host append to one file, under a lock; a rank is a *process* of the
-//! trace, a tensor a *thread* of it. The slice of an operation holds those of its stations, one after the other; a rank was
-//! ready when its slice begins. What the program itself marks ([`Timeline::slice`]) stands above, in rows of its own.
+//! The format is the array form of Chrome's trace events, one event a line. All ranks of a host add to one file, under a lock;
+//! each piece goes over the closing bracket and brings another, so that the file is whole between any two of them, whoever is
+//! the last. A rank is a *process* of the trace, a tensor a *thread* of it. The slice of an operation holds those of its
+//! stations, one after the other; a rank was ready when its slice begins. What the program itself marks ([`Timeline::slice`])
+//! stands above, in rows of its own.
 //!
 //! Whoever drives the engine only puts a record into a bounded queue. A thread of its own writes; what finds the queue full
 //! is lost, which the file tells.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -30,6 +31,12 @@ const QUEUE: usize = 1 << 16;
 
 /// Most records that are written at once.
 const AT_ONCE: usize = 1 << 12;
+
+/// The end of a file.
+const END: &str = "\n]\n";
+
+/// Where an event begins that was not written to its end, at most so many bytes from the end.
+const LONGEST_EVENT: u64 = 64 << 10;
 
 /// A timeline being written. Dropping it completes the file.
 pub struct Timeline {
@@ -63,13 +70,13 @@ impl Timeline {
     pub fn start(path: &Path, mark_rounds: bool, place: &Topology, backend: &str) -> Result<Self> {
         let path = path_on_host(path, place);
         let what = || format!("writing the timeline {}", path.display());
-        let mut file =
-            File::options().create(true).append(true).open(&path).map_err(|error| Error::io(what(), error))?;
+        let open = File::options().create(true).truncate(false).read(true).write(true).open(&path);
+        let file = open.map_err(|error| Error::io(what(), error))?;
         let head = [("process_name", json!({ "name": format!("rank {}", place.rank) }))];
         let head = head.into_iter().chain([("process_sort_index", json!({ "sort_index": place.rank }))]);
         let head =
             head.map(|(name, args)| json!({ "ph": "M", "name": name, "pid": place.rank, "args": args })).collect();
-        append(&mut file, head).map_err(|error| Error::io(what(), error))?;
+        append(&file, head).map_err(|error| Error::io(what(), error))?;
 
         let (records, queue) = sync_channel(QUEUE);
         let writer = Writer::new(file, place.rank, format!("WIRE_{}", backend.to_uppercase()));
@@ -164,14 +171,47 @@ fn path_on_host(path: &Path, place: &Topology) -> PathBuf {
     path.with_extension(format!("{host}{extension}"))
 }
 
-/// Appends events as one piece.
-fn append(file: &mut File, events: Vec<Value>) -> std::io::Result<()> {
-    let lines: String = events.iter().map(|event| format!("{event},\n")).collect();
+/// Adds events as one piece, in the place of the end of the array.
+fn append(file: &File, events: Vec<Value>) -> std::io::Result<()> {
+    if events.is_empty() {
+        return Ok(());
+    }
     file.lock()?;
-    let opening = if file.metadata()?.len() == 0 { "[\n" } else { "" };
-    let written = file.write_all(format!("{opening}{lines}").as_bytes());
+    let written = append_locked(file, &events.iter().map(Value::to_string).collect::<Vec<_>>().join(",\n"));
     file.unlock()?;
     written
+}
+
+fn append_locked(file: &File, events: &str) -> std::io::Result<()> {
+    let (at, begin) = end_of(file)?;
+    file.write_all_at(format!("{begin}{events}{END}").as_bytes(), at)
+}
+
+/// Where more events go, and what goes before them. What a rank that was killed has left of its last event is cut off.
+fn end_of(file: &File) -> std::io::Result<(u64, &'static str)> {
+    let length = file.metadata()?.len();
+    if tail(file, length, END.len() as u64)? == END.as_bytes() {
+        return Ok((length - END.len() as u64, ",\n"));
+    }
+    let tail = tail(file, length, LONGEST_EVENT)?;
+    let last = tail.windows(2).rposition(|pair| pair == b",\n");
+    let (at, begin) = match last {
+        Some(last) => (length - (tail.len() - last) as u64, ",\n"),
+        None if tail.len() as u64 == length && b"[\n".starts_with(&tail[..tail.len().min(2)]) => (0, "[\n"),
+        None => (length, "\n"), // Not ours.
+    };
+    if at < length {
+        file.set_len(at)?;
+    }
+    Ok((at, begin))
+}
+
+/// The last bytes of a file, as many as there are.
+fn tail(file: &File, length: u64, most: u64) -> std::io::Result<Vec<u8>> {
+    let count = length.min(most);
+    let mut bytes = vec![0; count as usize];
+    file.read_exact_at(&mut bytes, length - count)?;
+    Ok(bytes)
 }
 
 /// The thread that writes.
@@ -208,7 +248,7 @@ impl Writer {
         while let Ok(record) = queue.recv() {
             self.take(record);
             queue.try_iter().take(AT_ONCE).for_each(|record| self.take(record));
-            if let Err(error) = append(&mut self.file, std::mem::take(&mut self.events)) {
+            if let Err(error) = append(&self.file, std::mem::take(&mut self.events)) {
                 tracing::warn!("the timeline ends here, as it cannot be written: {error}");
                 return;
             }
@@ -276,7 +316,7 @@ impl Writer {
             self.close(lane, ts, json!({}));
             self.close(lane, ts, json!({ "under way": true }));
         }
-        if let Err(error) = append(&mut self.file, std::mem::take(&mut self.events)) {
+        if let Err(error) = append(&self.file, std::mem::take(&mut self.events)) {
             tracing::warn!("the end of the timeline cannot be written: {error}");
         }
     }
@@ -318,5 +358,37 @@ impl Writer {
         let (instant, time) = self.started;
         let since_1970 = time.duration_since(UNIX_EPOCH).unwrap_or_default();
         (since_1970 + at.saturating_duration_since(instant)).as_nanos() as f64 / 1000.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(file: &Path) -> Vec<u64> {
+        let events: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+        events.iter().map(|event| event["n"].as_u64().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_file_that_ends_in_the_middle_of_an_event_becomes_whole_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cut.json");
+        let file = File::options().create_new(true).read(true).write(true).open(&path).unwrap();
+        append(&file, vec![json!({ "n": 0 }), json!({ "n": 1, "text": "[\n,\n]\n" })]).unwrap();
+        append(&file, vec![json!({ "n": 2 })]).unwrap();
+        assert_eq!(numbers(&path), [0, 1, 2]);
+        let whole = std::fs::read(&path).unwrap();
+        for length in 0..=whole.len() {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            append(&file, vec![json!({ "n": 7 })]).unwrap();
+            let seen = numbers(&path);
+            let (last, kept) = seen.split_last().unwrap();
+            assert_eq!((*last, kept), (7, &[0, 1, 2][..kept.len()]), "cut to {length} bytes");
+            assert!(
+                kept.len() + 1 >= String::from_utf8_lossy(&whole[..length]).matches("}").count(),
+                "{length}: {seen:?}"
+            );
+        }
     }
 }
