@@ -26,6 +26,8 @@ fn compile_shim(include: &Path) {
         // Vectorise on old compilers too; never fuse multiply and add, so that sums have the same bits everywhere.
         .flag("-ftree-vectorize")
         .flag("-ffp-contract=off")
+        // `at::parallel_for` is a template: without OpenMP it would be compiled into a loop of one thread.
+        .flag("-fopenmp")
         .flag("-isystem")
         .flag(include)
         .flag("-isystem")
@@ -33,4 +35,6 @@ fn compile_shim(include: &Path) {
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .file("csrc/shim.cpp")
         .compile("hvd_torch_shim");
+    // The same library that libtorch runs its loops with: there is one pool of threads.
+    println!("cargo:rustc-link-lib=gomp");
 }

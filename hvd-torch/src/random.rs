@@ -68,6 +68,8 @@ pub fn parallel_for(count: usize, grain: usize, body: &(dyn Fn(Range<usize>) + S
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use tch::{Device, Kind, Tensor};
 
@@ -87,6 +89,18 @@ mod tests {
         // Other tests draw from the same generator on other threads: try until nobody came between.
         assert!((0..100).any(|_| draw(&[1, 2]) == draw(&[1, 2])));
         assert_ne!(draw(&[1, 2]), draw(&[2, 1]));
+    }
+
+    #[test]
+    fn a_loop_runs_on_as_many_threads_as_torch_has() {
+        set_num_threads(2);
+        let parts = Mutex::new(Vec::new());
+        parallel_for(10, 1, &|range| parts.lock().unwrap().push((range, std::thread::current().id()))).unwrap();
+        let mut parts = parts.into_inner().unwrap();
+        parts.sort_by_key(|(range, _)| range.start);
+        let [(first, one), (second, other)] = &parts[..] else { panic!("{parts:?}") };
+        assert_eq!((first, second), (&(0..5), &(5..10)));
+        assert_ne!(one, other);
     }
 
     #[test]
