@@ -9,6 +9,7 @@ fn main() {
     // torch-sys tells its direct dependants, and only them, where it found libtorch.
     let lib = std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys names libtorch's folder");
     compile_shim(&Path::new(&lib).parent().expect("libtorch's lib folder has a parent").join("include"));
+    link_openmp(Path::new(&lib));
 
     // Our own tests and examples find libtorch at run time without LD_LIBRARY_PATH.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
@@ -35,6 +36,18 @@ fn compile_shim(include: &Path) {
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .file("csrc/shim.cpp")
         .compile("hvd_torch_shim");
-    // The same library that libtorch runs its loops with: there is one pool of threads.
-    println!("cargo:rustc-link-lib=gomp");
+}
+
+/// Links the OpenMP library that libtorch runs its loops with, so that there is one number of threads and one pool of them. Where
+/// libtorch brings it along, its name may carry a hash.
+fn link_openmp(lib: &Path) {
+    let files = std::fs::read_dir(lib).into_iter().flatten().flatten();
+    let mut names = files.map(|file| file.file_name().to_string_lossy().into_owned());
+    match names.find(|name| name.starts_with("libgomp") && name.contains(".so")) {
+        Some(name) => {
+            println!("cargo:rustc-link-search=native={}", lib.display());
+            println!("cargo:rustc-link-lib=dylib:+verbatim={name}");
+        }
+        None => println!("cargo:rustc-link-lib=gomp"),
+    }
 }
