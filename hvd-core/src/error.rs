@@ -31,6 +31,15 @@ pub enum Error {
         cause: String,
     },
 
+    /// A peer lives, and has ended the world for what it has seen. Every operation fails with this error.
+    #[error("rank {rank} ended the job: {cause}")]
+    PeerGaveUp {
+        /// The rank that ended it.
+        rank: usize,
+        /// Why.
+        cause: String,
+    },
+
     /// Tensors have waited for too long for ranks that have not submitted them. The world is lost.
     #[error("{0}; HVD_STALL_SHUTDOWN_TIME_SECONDS says how long they may wait")]
     Stalled(String),

@@ -240,7 +240,7 @@ fn reports_a_rank_that_was_dropped(world: fn(usize) -> Vec<Rank>) {
 fn names_the_cause_of_an_abort(world: fn(usize) -> Vec<Rank>) {
     let errors = on_each(world(4), |mut rank| {
         if rank.rank() == 2 {
-            rank.abort("out of cheese");
+            rank.abort(&Error::ShutDown("out of cheese".into()));
             return rank.progress().unwrap_err();
         }
         failure(&mut *rank)
@@ -256,7 +256,7 @@ fn names_the_first_victim_to_bystanders(world: fn(usize) -> Vec<Rank>) {
     for _ in 0..20 {
         let errors = on_each(world(4), |mut rank| match rank.rank() {
             3 => {
-                rank.abort("first");
+                rank.abort(&Error::ShutDown("first".into()));
                 None
             }
             _ => Some(failure(&mut *rank)),

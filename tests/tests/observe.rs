@@ -32,6 +32,9 @@ fn a_stall_ends_the_job_if_it_is_told_to() {
     let told = finished.stderr.matches("Error: ").count();
     assert_eq!(told, 3, "{}", finished.stderr);
     assert!(finished.stderr.matches("rank 2 did not submit").count() >= 3, "{}", finished.stderr);
+    // Nobody is lost: who saw it first ended the job, and the others say so.
+    assert!(!finished.stderr.contains("lost rank"), "{}", finished.stderr);
+    assert!(finished.complaints[2].contains(" ended the job: stalled: rank 2 did not submit"), "{}", finished.stderr);
 }
 
 #[test]

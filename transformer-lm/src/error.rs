@@ -70,7 +70,8 @@ impl Error {
 
     /// Whether it only reports that another rank has failed.
     pub fn is_lost_peer(&self) -> bool {
-        matches!(self, Error::Hvd(hvd_torch::Error::Core(hvd_core::Error::PeerLost { .. })))
+        use hvd_core::Error::{PeerGaveUp, PeerLost};
+        matches!(self, Error::Hvd(hvd_torch::Error::Core(PeerLost { .. } | PeerGaveUp { .. })))
     }
 
     /// The process's exit code: 2 where the user's settings are at fault, 1 otherwise.

@@ -323,12 +323,7 @@ impl Core {
             return;
         }
         self.state = State::Failed(error.clone());
-        match &error {
-            // The peers wrap the cause in the same error.
-            Error::PeerLost { rank, cause } if *rank == self.transport.rank() => self.transport.abort(cause),
-            Error::ShutDown(cause) => self.transport.abort(cause),
-            error => self.transport.abort(&error.to_string()),
-        }
+        self.transport.abort(&error);
         self.sets.values_mut().for_each(|set| set.fail(&error));
         self.messages.fail(&error);
         if let Some((_, entry)) = self.founding.take() {

@@ -271,7 +271,7 @@ impl Transport for Port {
         Ok(false)
     }
 
-    fn abort(&mut self, _cause: &str) {}
+    fn abort(&mut self, _error: &Error) {}
 
     fn close(&mut self) -> Result<bool> {
         Ok(true)

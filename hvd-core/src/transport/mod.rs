@@ -73,9 +73,9 @@ pub trait Transport: Send {
         false
     }
 
-    /// Tells the peers that this rank gives up and why, as far as that goes without blocking for long, so that their
+    /// Tells the peers that this rank gives up, and why, as far as that goes without blocking for long, so that their
     /// errors name the first cause. The transport is unusable afterwards.
-    fn abort(&mut self, cause: &str);
+    fn abort(&mut self, error: &Error);
 
     /// Says goodbye: from now on a closed connection from or to a peer is no failure. Gives `true` when all peers have
     /// said it too and all sends are out. To be polled.
@@ -95,11 +95,31 @@ pub trait Waiter: Send + Sync {
     fn wake(&self);
 }
 
-/// Who failed first and why, as the peers of a rank that ends with `error` should hear it.
-pub(crate) fn origin(own_rank: usize, error: &Error) -> (usize, String) {
-    match error {
-        Error::PeerLost { rank, cause } => (*rank, cause.clone()),
-        Error::ShutDown(cause) => (own_rank, cause.clone()),
-        other => (own_rank, other.to_string()),
+/// Why a world ends, as one rank tells the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// The rank that failed first.
+    pub(crate) rank: usize,
+    /// What is known of the reason.
+    pub(crate) cause: String,
+    /// Whether that rank is well, and only says what it has seen of others.
+    pub(crate) gave_up: bool,
+}
+
+impl Verdict {
+    /// What a rank that ends with `error` has to tell.
+    pub(crate) fn of(own_rank: usize, error: &Error) -> Self {
+        let (rank, cause) = match error {
+            Error::PeerLost { rank, cause } | Error::PeerGaveUp { rank, cause } => (*rank, cause.clone()),
+            Error::ShutDown(cause) => (own_rank, cause.clone()),
+            other => (own_rank, other.to_string()),
+        };
+        Verdict { rank, cause, gave_up: matches!(error, Error::PeerGaveUp { .. } | Error::Stalled(_)) }
+    }
+
+    /// What a rank that has been told ends with.
+    pub(crate) fn into_error(self) -> Error {
+        let Verdict { rank, cause, gave_up } = self;
+        if gave_up { Error::PeerGaveUp { rank, cause } } else { Error::PeerLost { rank, cause } }
     }
 }

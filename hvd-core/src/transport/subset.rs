@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Request, Tag, Transport, Waiter};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::Memory;
 
 /// Who talks on which of a set's channels.
@@ -86,8 +86,8 @@ impl Transport for Subset<'_> {
         self.transport.progress()
     }
 
-    fn abort(&mut self, cause: &str) {
-        self.transport.abort(cause);
+    fn abort(&mut self, error: &Error) {
+        self.transport.abort(error);
     }
 
     fn close(&mut self) -> Result<bool> {

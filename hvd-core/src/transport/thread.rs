@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::matching::{Matching, Posted};
 use super::requests::Requests;
-use super::{Request, Tag, Transport, Waiter, origin};
+use super::{Request, Tag, Transport, Verdict, Waiter};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 
@@ -47,7 +47,7 @@ pub struct ThreadTransport {
 struct Hub {
     mailboxes: Vec<Arc<Mailbox>>,
     /// The first failure, which everybody reports.
-    lost: Mutex<Option<(usize, String)>>,
+    lost: Mutex<Option<Verdict>>,
     /// The fast answer to whether `lost` is set.
     is_lost: AtomicBool,
     /// Ranks that have said goodbye with all their sends out.
@@ -126,9 +126,9 @@ impl ThreadTransport {
     /// Fails if the world is lost; every method begins with it.
     fn check(&mut self) -> Result<()> {
         if self.failed.is_none() && self.hub.is_lost.load(Ordering::Acquire) {
-            let lost = self.hub.lost.lock().clone();
-            if let Some((rank, cause)) = lost {
-                self.fail(Error::PeerLost { rank, cause });
+            let verdict = self.hub.lost.lock().clone();
+            if let Some(verdict) = verdict {
+                self.fail(verdict.into_error());
             }
         }
         self.failed.clone().map_or(Ok(()), Err)
@@ -137,8 +137,7 @@ impl ThreadTransport {
     /// Remembers the first error, tells the others, and lets go of all memory.
     fn fail(&mut self, error: Error) -> Error {
         if self.failed.is_none() {
-            let (rank, cause) = origin(self.rank, &error);
-            self.hub.lose(rank, cause);
+            self.hub.lose(Verdict::of(self.rank, &error));
             self.failed = Some(error.clone());
             self.matching.clear();
             self.delayed.iter_mut().for_each(|queue| queue.messages.clear());
@@ -297,8 +296,8 @@ impl Transport for ThreadTransport {
         self.progress_inner().map_err(|error| self.fail(error))
     }
 
-    fn abort(&mut self, cause: &str) {
-        self.fail(Error::ShutDown(cause.to_owned()));
+    fn abort(&mut self, error: &Error) {
+        self.fail(error.clone());
     }
 
     fn close(&mut self) -> Result<bool> {
@@ -326,8 +325,8 @@ impl Drop for ThreadTransport {
 
 impl Hub {
     /// Records the first failure of the world and wakes everybody.
-    fn lose(&self, rank: usize, cause: String) {
-        self.lost.lock().get_or_insert((rank, cause));
+    fn lose(&self, verdict: Verdict) {
+        self.lost.lock().get_or_insert(verdict);
         self.is_lost.store(true, Ordering::Release);
         self.mailboxes.iter().for_each(|mailbox| mailbox.ring());
     }

@@ -28,7 +28,7 @@ use waiter::MpiWaiter;
 use super::matching::{Matching, Posted, check_length};
 use super::requests::Requests;
 use super::tcp::{Identity, TcpOptions, TcpTransport};
-use super::{MAX_MESSAGE_BYTES, Request, Tag, Transport, Waiter, origin};
+use super::{MAX_MESSAGE_BYTES, Request, Tag, Transport, Waiter};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 
@@ -95,7 +95,7 @@ impl MpiTransport {
     /// # Errors
     /// As [`MpiTransport::load`]; the other ranks hear of it.
     pub fn beside(mut mesh: TcpTransport) -> Result<MpiTransport> {
-        let plugin = start(mesh.identity()).inspect_err(|error| mesh.abort(&error.to_string()))?;
+        let plugin = start(mesh.identity()).inspect_err(|error| mesh.abort(error))?;
         Self::over(plugin, mesh)
     }
 
@@ -138,8 +138,7 @@ impl MpiTransport {
             return first.clone();
         }
         self.failed = Some(error.clone());
-        let (rank, cause) = origin(self.rank(), &error);
-        self.mesh.abort_for(rank, &cause);
+        drop(self.mesh.fail(error.clone()));
         self.matching.clear();
         self.notices.clear();
         std::mem::forget(std::mem::take(&mut self.operations));
@@ -367,8 +366,8 @@ impl Transport for MpiTransport {
         self.progress_inner().map_err(|error| self.fail(error))
     }
 
-    fn abort(&mut self, cause: &str) {
-        self.fail(Error::ShutDown(cause.to_owned()));
+    fn abort(&mut self, error: &Error) {
+        self.fail(error.clone());
     }
 
     fn close(&mut self) -> Result<bool> {

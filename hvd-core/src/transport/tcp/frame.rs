@@ -6,7 +6,7 @@
 //! | 4..8 | kind |
 //! | 8..16 | generation of the world |
 //! | 16..20 | channel (of an abort: the rank that failed first) |
-//! | 20..24 | sequence |
+//! | 20..24 | sequence (of an abort: 1 where that rank is well and has ended the world for what it has seen) |
 //! | 24..32 | length of the payload |
 //!
 //! All numbers are little-endian.

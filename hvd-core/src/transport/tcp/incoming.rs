@@ -4,9 +4,9 @@ use std::io::{ErrorKind, Read};
 
 use super::frame::{HEADER_BYTES, Header, Kind};
 use crate::error::{Error, Result};
-use crate::transport::Tag;
 use crate::transport::matching::{KEEPING_BYTES, Matching, Posted, check_length};
 use crate::transport::requests::Requests;
+use crate::transport::{Tag, Verdict};
 
 /// Size of the buffer through which headers and short payloads are read, in bytes.
 const STAGING_BYTES: usize = 64 << 10;
@@ -25,7 +25,7 @@ pub(super) struct Inbox {
     /// Bound on the messages of one peer that nobody waits for, in bytes.
     pub(super) unexpected_limit_bytes: usize,
     /// The first abort that a peer has sent: who failed, and why.
-    pub(super) abort: Option<(usize, String)>,
+    pub(super) abort: Option<Verdict>,
     /// Whether a ring has come since the flag was last taken.
     pub(super) rung: bool,
 }
@@ -50,7 +50,7 @@ enum State {
 enum Target {
     Posted(Posted),
     Unexpected(Tag, Vec<u8>),
-    Cause(usize, Vec<u8>),
+    Cause { rank: usize, gave_up: bool, text: Vec<u8> },
 }
 
 /// How a round of reading ended.
@@ -193,7 +193,10 @@ impl Incoming {
                 self.goodbye = true;
                 return Ok(State::header());
             }
-            Kind::Abort => Target::Cause(header.tag.channel as usize, Vec::new()),
+            Kind::Abort => {
+                let Tag { channel, sequence } = header.tag;
+                Target::Cause { rank: channel as usize, gave_up: sequence == 1, text: Vec::new() }
+            }
             Kind::Data => self.target_of(header, inbox)?,
         };
         let length = usize::try_from(header.length).map_err(|_| self.violation("a length beyond all memory".into()))?;
@@ -237,7 +240,7 @@ impl Target {
                 let into = unsafe { posted.into.as_mut_slice() };
                 &mut into[got..length]
             }
-            Target::Unexpected(_, bytes) | Target::Cause(_, bytes) => {
+            Target::Unexpected(_, bytes) | Target::Cause { text: bytes, .. } => {
                 if bytes.len() == got {
                     bytes.resize(length.min(got.saturating_add(GROWTH_BYTES)), 0);
                 }
@@ -265,8 +268,9 @@ impl Target {
         match self {
             Target::Posted(posted) => inbox.requests.complete(posted.request),
             Target::Unexpected(tag, bytes) => inbox.matching.keep(peer, tag, bytes),
-            Target::Cause(rank, cause) => {
-                inbox.abort.get_or_insert_with(|| (rank, String::from_utf8_lossy(&cause).into_owned()));
+            Target::Cause { rank, gave_up, text } => {
+                let cause = || String::from_utf8_lossy(&text).into_owned();
+                inbox.abort.get_or_insert_with(|| Verdict { rank, cause: cause(), gave_up });
             }
         }
     }
@@ -349,7 +353,7 @@ mod tests {
         let mut inbox = inbox();
         let frames = [frame(Kind::Goodbye, 0), frame(Kind::Abort, 4), b"why?".to_vec()].concat();
         feed(&frames, &mut inbox).unwrap();
-        assert_eq!(inbox.abort, Some((TAG.channel as usize, "why?".into())));
+        assert_eq!(inbox.abort, Some(Verdict { rank: TAG.channel as usize, cause: "why?".into(), gave_up: false }));
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub use rendezvous::{Identity, Meeting, Secret, source_address};
 
 use super::matching::{Matching, Posted};
 use super::requests::Requests;
-use super::{Request, Tag, Transport, Waiter, origin};
+use super::{Request, Tag, Transport, Verdict, Waiter};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 
@@ -139,13 +139,6 @@ impl TcpTransport {
         self.identity
     }
 
-    /// As [`Transport::abort`], where another rank was the first to fail.
-    pub(super) fn abort_for(&mut self, rank: usize, cause: &str) {
-        let own = rank == self.identity.rank;
-        let cause = cause.to_owned();
-        self.fail(if own { Error::ShutDown(cause) } else { Error::PeerLost { rank, cause } });
-    }
-
     /// Whether a peer has said goodbye.
     pub(super) fn has_left(&self, peer: usize) -> bool {
         self.links[peer].as_ref().is_some_and(|link| link.incoming.goodbye)
@@ -169,28 +162,24 @@ impl TcpTransport {
     }
 
     /// Remembers the first error, tells the others, and lets go of all memory.
-    fn fail(&mut self, error: Error) -> Error {
+    pub(super) fn fail(&mut self, error: Error) -> Error {
         if let Some(first) = &self.failed {
             return first.clone();
         }
         // What a peer has said of the cause is nearer to the truth than what this rank saw of it.
-        let error = match self.inbox.abort.take() {
-            Some((rank, cause)) => Error::PeerLost { rank, cause },
-            None => error,
-        };
+        let error = self.inbox.abort.take().map_or(error, Verdict::into_error);
         self.failed = Some(error.clone());
-        let (rank, cause) = origin(self.identity.rank, &error);
-        self.say_last_words(rank, &cause);
+        self.say_last_words(&Verdict::of(self.identity.rank, &error));
         self.inbox.matching.clear();
         self.links.iter_mut().flatten().for_each(Link::release);
         error
     }
 
     /// Sends everybody an abort, for a bounded time, and ends this direction of all connections.
-    fn say_last_words(&mut self, rank: usize, cause: &str) {
+    fn say_last_words(&mut self, verdict: &Verdict) {
         let deadline = Instant::now() + LAST_WORDS_TIMEOUT;
         for link in self.links.iter_mut().flatten().filter(|link| link.closed.is_none()) {
-            link.outgoing.push_abort(rank, cause);
+            link.outgoing.push_abort(verdict);
         }
         loop {
             for link in self.links.iter_mut().flatten() {
@@ -234,8 +223,8 @@ impl TcpTransport {
                 link.read(&mut self.inbox, &self.bell)?;
             }
         }
-        if let Some((rank, cause)) = self.inbox.abort.take() {
-            return Err(Error::PeerLost { rank, cause });
+        if let Some(verdict) = self.inbox.abort.take() {
+            return Err(verdict.into_error());
         }
         for link in self.links.iter().flatten() {
             let cause = match &link.closed {
@@ -372,9 +361,9 @@ impl Transport for TcpTransport {
         self.links.iter().flatten().any(Link::is_streaming)
     }
 
-    fn abort(&mut self, cause: &str) {
+    fn abort(&mut self, error: &Error) {
         self.inbox.abort = None;
-        self.fail(Error::ShutDown(cause.to_owned()));
+        self.fail(error.clone());
     }
 
     fn close(&mut self) -> Result<bool> {

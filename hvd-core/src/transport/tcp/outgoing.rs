@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use super::frame::{HEADER_BYTES, Header, Kind, MAX_CAUSE_BYTES};
 use crate::memory::Memory;
 use crate::transport::requests::Requests;
-use crate::transport::{Request, Tag};
+use crate::transport::{Request, Tag, Verdict};
 
 /// Most messages of one write.
 const BATCH: usize = 16;
@@ -52,16 +52,18 @@ impl Outgoing {
     }
 
     /// Queues an abort, right after the message that is half out: the others will not be missed.
-    pub(super) fn push_abort(&mut self, origin: usize, cause: &str) {
+    pub(super) fn push_abort(&mut self, verdict: &Verdict) {
         let half_out = self.queue.pop_front().filter(|message| message.sent > 0);
         self.queue.clear();
         self.queue.extend(half_out);
+        let Verdict { rank, cause, gave_up } = verdict;
         let mut end = cause.len().min(MAX_CAUSE_BYTES);
         while !cause.is_char_boundary(end) {
             end -= 1;
         }
         let payload = Memory::from_vec(cause.as_bytes()[..end].to_vec());
-        self.push(Kind::Abort, Tag { channel: origin as u32, sequence: 0 }, payload, None);
+        let tag = Tag { channel: *rank as u32, sequence: u32::from(*gave_up) };
+        self.push(Kind::Abort, tag, payload, None);
     }
 
     /// Forgets what has not been written and lets go of its memory.

@@ -72,8 +72,8 @@ impl Ends {
     pub fn first_failure(&self, last_words: impl Fn(usize) -> String) -> Option<(usize, End)> {
         let failed: Vec<_> = self.0.iter().filter(|(_, end)| !end.is_success()).copied().collect();
         let only_followed = |rank: usize| {
-            let lost = lost_rank(&last_words(rank));
-            lost.is_some_and(|lost| lost != rank && failed.iter().any(|(other, _)| *other == lost))
+            let first = first_to_end(&last_words(rank));
+            first.is_some_and(|first| first != rank && failed.iter().any(|(other, _)| *other == first))
         };
         let cause = failed.iter().find(|(rank, _)| !only_followed(*rank));
         cause.or(failed.first()).copied()
@@ -89,9 +89,10 @@ impl Ends {
     }
 }
 
-/// The rank that the runtime says to have lost.
-fn lost_rank(text: &str) -> Option<usize> {
-    let rest = text.split("lost rank ").nth(1)?;
+/// The rank that the runtime says to have lost, or that has ended the job.
+fn first_to_end(text: &str) -> Option<usize> {
+    let gave_up = || text.split_once(" ended the job: ")?.0.rsplit_once("rank ")?.1.parse().ok();
+    let Some((_, rest)) = text.split_once("lost rank ") else { return gave_up() };
     rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
@@ -114,6 +115,10 @@ mod tests {
         assert_eq!(all.first_failure(|_| String::new()), Some((0, End::Code(1))));
         assert_eq!(all.first_failure(|_| "lost rank 7".into()), Some((0, End::Code(1))));
         assert_eq!(all.first_failure(|rank| format!("lost rank {}", (rank + 1) % 3)), Some((0, End::Code(1))));
+        let told = |rank: usize| {
+            if rank == 1 { "stalled: …".into() } else { "Error: rank 1 ended the job: stalled: …".into() }
+        };
+        assert_eq!(all.first_failure(told), Some((1, End::Code(1))));
         assert_eq!(all.followers(2), ["ranks 0-1: exit code 1"]);
         assert_eq!(ends(&[(0, End::Code(0))]).first_failure(words), None);
     }
