@@ -21,7 +21,9 @@ const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long sending the roster to one rank may take.
 const ROSTER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long rank 0 stays to tell latecomers of a start that has failed.
+/// How long rank 0 stays to tell latecomers of a start that has failed, also after the deadline (it leaves at once when all have
+/// been told). Each rank's own `start_timeout` begins when that rank does: one that knocks a moment after rank 0 has gone would
+/// wait as long again, and could not say who was missing.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A caller that has proved to belong to the job.
@@ -46,7 +48,8 @@ pub(super) fn host(
         .and_then(|()| send_roster(&mut lifeline, &addresses, seed));
     gathered.inspect_err(|error| {
         lifeline.tell_failure(0, error);
-        tell_latecomers(&doorman, identity.size - 1 - lifeline.streams().len(), error);
+        let missing = identity.size - 1 - lifeline.streams().len();
+        tell_latecomers(&doorman, missing, error, Instant::now() + FAREWELL_TIMEOUT);
     })?;
     let addresses = addresses.into_iter().flatten().collect();
     Ok((Roster { addresses, key: mesh_key(meeting, &seed) }, lifeline))
@@ -82,12 +85,11 @@ fn receive_all(
 }
 
 /// Stays a moment to tell those who come after the start has failed. Without it they would look for rank 0 in vain.
-fn tell_latecomers(doorman: &Doorman<Caller>, mut expected: usize, error: &Error) {
+fn tell_latecomers(doorman: &Doorman<Caller>, mut expected: usize, error: &Error, deadline: Instant) {
     let text = match error {
         Error::Rendezvous(text) => text.clone(),
         other => format!("rank 0 failed: {other}"),
     };
-    let deadline = Instant::now() + FAREWELL_TIMEOUT;
     loop {
         // Also those who came just before the start failed, or with the deadline.
         while let Some(mut caller) = doorman.next() {
@@ -246,8 +248,28 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(60);
         doorman.wait(&[], deadline).expect("the bell");
 
-        tell_latecomers(&doorman, 1, &rendezvous("lost rank 2"));
+        // It is told although rank 0 has no time left.
+        tell_latecomers(&doorman, 1, &rendezvous("lost rank 2"), Instant::now());
         let told = Note::receive(&mut Stream::Unix(theirs), deadline).expect("a note");
         assert_eq!(told, Note::Failed { text: "lost rank 2".into() });
+    }
+
+    #[test]
+    fn a_rank_that_knocks_after_the_start_has_failed_is_told() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
+        let address = listener.local_addr().expect("an address");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let greet = |mut stream: Stream, deadline, _: &Ticket| {
+            let hello = receive_hello(&mut stream, deadline)?;
+            Ok(Caller { stream, hello })
+        };
+        let doorman = Doorman::new(Listener::tcp(listener).expect("a listener"), greet).expect("a doorman");
+        let mut late = guest::connect_tcp(&address, deadline).expect("a connection");
+        let hello = Note::Hello { version: PROTOCOL_VERSION, rank: 1, size: 2, generation: 0, listener: address };
+        hello.send(&mut late, deadline).expect("sending");
+
+        tell_latecomers(&doorman, 1, &rendezvous("it is over"), deadline);
+        let told = Note::receive(&mut late, deadline).expect("a note");
+        assert_eq!(told, Note::Failed { text: "it is over".into() });
     }
 }
