@@ -1,6 +1,5 @@
 //! Which hosts there are, and how many ranks each takes.
 
-use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -37,12 +36,12 @@ impl Host {
     }
 }
 
-/// Reads `host:slots,…`; a host without a number takes one rank.
+/// Reads `host:slots,…`; a host without a number takes one rank, and slots of one host add up.
 ///
 /// # Errors
 /// For what is no such list; the text names the entry.
 pub fn parse_list(text: &str) -> Result<Vec<Host>> {
-    each_once(text.split(',').map(|entry| parse_entry(entry.trim())).collect::<Result<_>>()?)
+    added_up(text.split(',').map(|entry| parse_entry(entry.trim())).collect::<Result<_>>()?)
 }
 
 /// Reads a host file: a line per host, `host`, `host:2` or `host slots=2`; `#` begins a comment.
@@ -56,7 +55,7 @@ pub fn read_file(path: &Path) -> Result<Vec<Host>> {
     let host = |(at, line): (usize, &str)| parse_line(line).with_context(|| format!("{}, line {at}", path.display()));
     let hosts = lines.filter(|(_, line)| !line.is_empty()).map(host).collect::<Result<Vec<_>>>()?;
     ensure!(!hosts.is_empty(), "the host file {} names no host", path.display());
-    each_once(hosts)
+    added_up(hosts)
 }
 
 fn parse_line(line: &str) -> Result<Host> {
@@ -97,13 +96,19 @@ fn parse_slots(name: &str, slots: &str) -> Result<usize> {
     Ok(slots)
 }
 
-/// Refuses a host that is named twice: whether its slots add up is anybody's guess.
-fn each_once(hosts: Vec<Host>) -> Result<Vec<Host>> {
-    let mut seen = HashSet::new();
-    match hosts.iter().find(|host| !seen.insert(&host.name)) {
-        Some(host) => bail!("host {} is named twice; name it once, with all its slots", host.name),
-        None => Ok(hosts),
+/// The slots of a host that is named more than once add up, at its first place, as `mpirun` has it.
+fn added_up(hosts: Vec<Host>) -> Result<Vec<Host>> {
+    let mut sums: Vec<Host> = Vec::new();
+    for host in hosts {
+        match sums.iter_mut().find(|sum| sum.name == host.name) {
+            Some(sum) => {
+                let slots = sum.slots.checked_add(host.slots);
+                sum.slots = slots.with_context(|| format!("host {} has too many slots", host.name))?;
+            }
+            None => sums.push(host),
+        }
     }
+    Ok(sums)
 }
 
 #[cfg(test)]
@@ -123,11 +128,16 @@ mod tests {
     }
 
     #[test]
+    fn a_host_that_is_named_again_takes_more_ranks() {
+        assert_eq!(parse_list("a:1,b:1,a:2,b").unwrap(), [host("a", 3), host("b", 2)]);
+    }
+
+    #[test]
     fn a_host_file_in_either_spelling() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("hosts");
-        std::fs::write(&path, "# the cluster\nnode1 slots=4 # fast\n\n  node2:2\nnode3\n").unwrap();
-        assert_eq!(read_file(&path).unwrap(), [host("node1", 4), host("node2", 2), host("node3", 1)]);
+        std::fs::write(&path, "# the cluster\nnode1 slots=4 # fast\n\n  node2:2\nnode3\nnode1\n").unwrap();
+        assert_eq!(read_file(&path).unwrap(), [host("node1", 5), host("node2", 2), host("node3", 1)]);
         for (text, expected) in
             [("node1 slots=x", "line 1"), ("\nnode1 cores=3", "`cores=3`"), ("# nothing", "names no host")]
         {
@@ -148,7 +158,7 @@ mod tests {
             ("a:-1", "`-1` slots"),
             ("::1", "brackets"),
             ("[::1", "closing"),
-            ("a:1,a:2", "named twice"),
+            ("a:1,a:18446744073709551615", "too many slots"),
         ] {
             let error = format!("{:#}", parse_list(text).expect_err(text));
             assert!(error.contains(expected), "{text}: {error}");
