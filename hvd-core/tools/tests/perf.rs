@@ -32,11 +32,17 @@ fn rows(size: usize, job: &str, args: &[&str]) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
+/// A few only.
+fn tensors(bench: &str) -> &'static [&'static str] {
+    if bench == "fusion" { &["--tensors", "5"] } else { &[] }
+}
+
 #[test]
 fn every_bench_is_right_on_several_ranks() {
     let benches = ["allreduce", "allgather", "broadcast", "reducescatter", "alltoall", "fusion"];
     for (bench, size) in benches.into_iter().zip([2, 3, 2, 3, 3, 3]) {
-        let args = [bench, "-b", "4K", "-e", "64K", "--iters", "2", "--warmup", "1", "--tensors", "5", "--check"];
+        let args = [bench, "-b", "4K", "-e", "64K", "--iters", "2", "--warmup", "1", "--check"];
+        let args = [&args[..], tensors(bench)].concat();
         for backend in ["shm", "tcp"] {
             let rows = rows(size, &format!("{bench}-{backend}"), &[&args[..], &["--backend", backend]].concat());
             assert_eq!(rows.len(), 3, "{bench}");
@@ -54,8 +60,8 @@ fn every_bench_is_right_on_several_ranks() {
 #[test]
 fn shared_buffers_are_reduced_in_place() {
     for bench in ["allreduce", "fusion"] {
-        let args = [bench, "-b", "4K", "-e", "64K", "--iters", "2", "--tensors", "5", "--check", "--buffer", "shared"];
-        for row in rows(2, &format!("{bench}-shared"), &args) {
+        let args = [bench, "-b", "4K", "-e", "64K", "--iters", "2", "--check", "--buffer", "shared"];
+        for row in rows(2, &format!("{bench}-shared"), &[&args[..], tensors(bench)].concat()) {
             assert_eq!((&row["errors"], &row["buffer"]), (&0.into(), &"shared".into()), "{row}");
         }
     }
@@ -86,10 +92,15 @@ fn bus_bandwidth_follows_from_size_and_time() {
 
 #[test]
 fn alone_it_prints_a_table() {
-    let output = Command::new(env!("CARGO_BIN_EXE_hvd-perf")).args(["allreduce", "-e", "16K"]).output().unwrap();
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_hvd-perf")).args(["fusion", "--compression", "fp16"]).output().unwrap();
     assert!(output.status.success());
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains("ranks 1, backend solo") && text.contains("16KiB"), "{text}");
+    assert!(
+        text.starts_with("# fusion: ranks 1, backend solo, buffer private, compression fp16\n")
+            && text.contains("12800KiB"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -98,10 +109,11 @@ fn wrong_arguments_end_with_what_to_do() {
         (vec!["allreduce", "-b", "4T"], "expected a number of bytes"),
         (vec!["allreduce", "-f", "1"], "--factor"),
         (vec!["allreduce", "--dtype", "u8", "--op", "product"], "not defined for"),
+        (vec!["allgather", "--compression", "fp16"], "only allreduce, reducescatter and fusion combine elements"),
         (vec!["nonsense"], "allgather"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_hvd-perf")).args(&args).output().unwrap();
-        assert!(!output.status.success(), "{args:?}");
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
         let text = String::from_utf8(output.stderr).unwrap();
         assert!(text.contains(says), "{args:?}: {text}");
     }

@@ -37,11 +37,11 @@ pub struct Args {
     #[arg(long, default_value = "f32")]
     pub dtype: Type,
 
-    /// How elements are combined: sum, average, min, max, product, adasum
-    #[arg(long, default_value = "sum")]
-    pub op: Op,
+    /// How elements are combined: sum, average, min, max, product, adasum [default: sum]
+    #[arg(long)]
+    pub op: Option<Op>,
 
-    /// What f32 and f64 elements are narrowed to on the wire
+    /// What f32 and f64 elements are narrowed to on the wire, where they are combined
     #[arg(long, value_enum, default_value = "none")]
     pub compression: Narrow,
 
@@ -61,9 +61,9 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     pub warmup: Option<usize>,
 
-    /// Tensors that are under way at once in fusion
-    #[arg(long, value_name = "N", default_value_t = 200)]
-    pub tensors: usize,
+    /// Tensors that are under way at once in fusion [default: 200]
+    #[arg(long, value_name = "N")]
+    pub tensors: Option<usize>,
 
     /// Compare every element with a plain computation; wrong ones are counted and the exit code is 1
     #[arg(long)]
@@ -152,6 +152,17 @@ pub enum Narrow {
     None,
     Fp16,
     Bf16,
+}
+
+impl Narrow {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Narrow::None => "none",
+            Narrow::Fp16 => "fp16",
+            Narrow::Bf16 => "bf16",
+        }
+    }
 }
 
 impl From<Narrow> for Compression {
@@ -253,18 +264,46 @@ impl Args {
             self.last()
         );
         ensure!(self.iters != Some(0), "--iters 0 measures nothing; give at least 1");
-        ensure!(self.tensors > 0, "--tensors 0 measures nothing; give at least 1");
+        ensure!(self.tensors != Some(0), "--tensors 0 measures nothing; give at least 1");
+        self.refuse_what_changes_nothing()?;
         ensure!(
             self.buffer == BufferKind::Private || matches!(self.bench, Bench::Allreduce | Bench::Fusion),
             "--buffer shared is for allreduce and fusion: nothing else is done in place"
         );
         ensure!(
-            !self.reduces() || self.op.0.supports(self.dtype.0),
+            !self.reduces() || self.op().0.supports(self.dtype.0),
             "--op {} is not defined for --dtype {}",
-            self.op.name(),
+            self.op().name(),
             self.dtype.0
         );
         Ok(())
+    }
+
+    fn refuse_what_changes_nothing(&self) -> Result<()> {
+        let (bench, dtype) = (self.bench.name(), self.dtype.0);
+        let compresses = self.compression != Narrow::None;
+        let combined = "only allreduce, reducescatter and fusion combine elements; leave it out";
+        ensure!(self.reduces() || self.op.is_none(), "--op changes nothing about {bench}: {combined}");
+        ensure!(self.reduces() || !compresses, "--compression changes nothing about {bench}: {combined}");
+        ensure!(
+            !compresses || matches!(dtype, DType::F32 | DType::F64),
+            "--compression changes nothing about --dtype {dtype}: it narrows f32 and f64; leave it out"
+        );
+        ensure!(
+            self.bench == Bench::Fusion || self.tensors.is_none(),
+            "--tensors changes nothing about {bench}: only fusion has several tensors; leave it out"
+        );
+        Ok(())
+    }
+
+    /// How elements are combined.
+    pub(super) fn op(&self) -> Op {
+        self.op.unwrap_or(Op(ReduceOp::Sum))
+    }
+
+    /// Tensors that are under way at once in fusion.
+    pub(super) fn tensors(&self) -> usize {
+        self.tensors.unwrap_or(200)
     }
 
     /// Refuses to measure one backend in place of another.
@@ -334,6 +373,11 @@ mod tests {
             ("fusion --tensors 0", "--tensors"),
             ("broadcast --buffer shared", "--buffer"),
             ("allreduce --dtype u8 --op product", "--dtype"),
+            ("allgather --compression fp16", "--compression"),
+            ("alltoall --op sum", "--op"),
+            ("broadcast --op max", "--op"),
+            ("allreduce --dtype f16 --compression bf16", "--compression changes nothing about --dtype f16"),
+            ("reducescatter --tensors 3", "--tensors"),
         ] {
             let error = args(line).validate().expect_err(line).to_string();
             assert!(error.contains(name), "{error}");

@@ -28,7 +28,7 @@ impl<'a, T: Value> Case<'a, T> {
             Bench::Allreduce | Bench::Broadcast => (1, count),
             Bench::Allgather => (1, each),
             Bench::Reducescatter | Bench::Alltoall => (1, each * world.size()),
-            Bench::Fusion => (args.tensors, count),
+            Bench::Fusion => (args.tensors(), count),
         };
         let names = (0..tensors).map(|index| format!("{}.{bytes}.{index}", args.bench.name())).collect();
         let tensors = (0..tensors).map(|_| Buffer::new(world, args.buffer, count)).collect::<Result<_>>()?;
@@ -63,7 +63,7 @@ impl<'a, T: Value> Case<'a, T> {
     /// Puts in what this rank contributes: ones, as in the other libraries' programs, or numbers that tell ranks and places
     /// apart.
     pub fn refill(&mut self) {
-        let (rank, op) = (self.world.rank(), self.args.op.0);
+        let (rank, op) = (self.world.rank(), self.args.op().0);
         for tensor in &mut self.tensors {
             match self.args.check {
                 false => tensor.fill(T::of(1.0)),
@@ -110,19 +110,19 @@ impl<'a, T: Value> Case<'a, T> {
     }
 
     fn options(&self) -> Allreduce {
-        Allreduce::new(self.args.op.0).compression(self.args.compression.into())
+        Allreduce::new(self.args.op().0).compression(self.args.compression.into())
     }
 
     /// Elements that are not the ranks' combined elements from `first` on.
     fn wrong_sums(&self, data: &[T], first: usize) -> u64 {
-        let (op, ranks) = (self.args.op.0, self.world.size());
+        let (op, ranks) = (self.args.op().0, self.world.size());
         let tolerance = tolerance(T::DTYPE, self.args.compression.into(), ranks);
         count_wrong(data, tolerance, |index| reduced(op, T::DTYPE, ranks, first + index))
     }
 
     /// Elements that are not those of `rank` from `first` on.
     fn wrong_copies(&self, data: &[T], rank: usize, first: usize) -> u64 {
-        count_wrong(data, 0.0, |index| input(self.args.op.0, rank, first + index))
+        count_wrong(data, 0.0, |index| input(self.args.op().0, rank, first + index))
     }
 
     /// Elements of the output that are not `each` of every rank, those from `first` on; or that are missing.

@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use anyhow::{Context, Result};
-use hvd_core::{Compression, World};
+use hvd_core::World;
 use serde::Serialize;
 
 use super::args::Args;
@@ -25,7 +25,7 @@ pub struct Row {
     buffer: &'static str,
     dtype: String,
     op: String,
-    compression: Compression,
+    compression: &'static str,
     iters: usize,
     /// Wrong elements on all ranks; `None` where nobody looked.
     errors: Option<u64>,
@@ -48,8 +48,8 @@ impl Row {
             backend: world.backend().to_string(),
             buffer: args.buffer.name(),
             dtype: args.dtype.0.to_string(),
-            op: if args.reduces() { args.op.name() } else { "-".into() },
-            compression: args.compression.into(),
+            op: if args.reduces() { args.op().name() } else { "-".into() },
+            compression: args.compression.name(),
             iters: seconds.len(),
             errors,
         }
@@ -95,9 +95,9 @@ impl Report {
         let report = Report { prints: world.rank() == 0, json: args.json };
         if report.prints && !report.json {
             let (backend, buffer) = (world.backend(), args.buffer.name());
-            let compression = Compression::from(args.compression);
-            let what = format!("# {:?}: ranks {}, backend {backend}, buffer {buffer}", args.bench, world.size());
-            print(&format!("{what}, compression {compression:?}"))?;
+            let (bench, compression) = (args.bench.name(), args.compression.name());
+            let what = format!("# {bench}: ranks {}, backend {backend}, buffer {buffer}", world.size());
+            print(&format!("{what}, compression {compression}"))?;
             print(&format!(
                 "{:>9} {:>12} {:>5} {:>8} {:>11} {:>11} {:>9} {:>9} {:>7}",
                 "size", "count", "type", "op", "median us", "min us", "alg GB/s", "bus GB/s", "errors"
