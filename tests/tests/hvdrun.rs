@@ -271,12 +271,20 @@ fn wrong_usage_is_explained() {
         (&["--config-file", "no/such.yaml"], "no/such.yaml"),
         (&["--grace=-1"], "grace"),
         (&["--no-such-flag"], "--no-such-flag"),
+        (&["--min-np", "1"], "--min-np is not supported: there is no elastic membership"),
     ] {
         let finished = shells(2, "echo started").launcher_args(args.iter().copied()).run();
         assert_code(&finished, 2);
         assert_says(&finished, &[text]);
         assert_eq!(finished.stdout, "");
     }
+}
+
+#[test]
+fn a_flag_of_horovod_that_changes_nothing_says_so() {
+    let finished = shells(2, "echo started").launcher_args(["--cycle-time-ms", "5"]).run();
+    assert_says(&finished, &["hvdrun: --cycle-time-ms changes nothing: there is no cycle"]);
+    assert_eq!(finished.assert_success().stdout.matches("started").count(), 2);
 }
 
 /// A stand-in for ssh: a script that gets the host and the command.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, CommandFactory, Parser};
 
+use super::horovod;
 use super::options::Options;
 
 /// Starts a program as several ranks, on this host or on several, and watches over them.
@@ -50,9 +51,12 @@ Exit codes:
   126, 127 the program cannot be run; is not there
   128+N    the first rank that failed, or hvdrun, was ended by signal N";
 
-/// Makes of the usual spellings what the parser knows: `-np` and `-cb`, `--no-SWITCH`, `_` for `-`. Puts `--` before the
-/// program, whose arguments are its own.
-pub fn normalised(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+/// Makes of the usual spellings what the parser knows: `-np` and `-cb`, `--no-SWITCH`, `_` for `-`. Leaves out Horovod's flags that
+/// change nothing, of which the `notes` tell. Puts `--` before the program, whose arguments are its own.
+///
+/// # Errors
+/// What to do in the place of a flag of Horovod's that cannot be left out.
+pub fn normalised(args: impl IntoIterator<Item = OsString>, notes: &mut Vec<String>) -> Result<Vec<OsString>, String> {
     let command = Args::command();
     let mut done: Vec<OsString> = Vec::new();
     let mut args = args.into_iter();
@@ -63,6 +67,12 @@ pub fn normalised(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
             done.extend(["--".into(), arg]);
             break;
         };
+        let (name, has_value) = text.split_once('=').map_or((text.as_str(), false), |(name, _)| (name, true));
+        if let Some(flag) = horovod::find(name) {
+            notes.push(flag.judge()?);
+            args.by_ref().take(if has_value { 0 } else { flag.values }).for_each(drop);
+            continue;
+        }
         let is_end = text == "--";
         let (text, takes_value) = resolve(&command, &text);
         done.push(text.into());
@@ -74,14 +84,21 @@ pub fn normalised(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
         }
     }
     done.extend(args);
-    done
+    Ok(done)
 }
 
 /// Horovod's short names in full, and dashes within a long name.
 fn spelled_out(arg: &str) -> String {
+    let glued = arg.strip_prefix("-np").map(|number| number.strip_prefix('=').unwrap_or(number));
     match arg {
         "-np" => "--num-proc".into(),
+        _ if glued.is_some_and(|number| number.parse::<usize>().is_ok()) => {
+            format!("--num-proc={}", glued.unwrap_or_default())
+        }
         "-cb" => "--check-build".into(),
+        "-v" => "--version".into(),
+        "--log-with-timestamp" => "--log-hide-timestamp=false".into(),
+        "--log-without-timestamp" => "--log-hide-timestamp=true".into(),
         _ if arg.starts_with("--") => {
             let (name, value) = arg.split_at(arg.find('=').unwrap_or(arg.len()));
             format!("{}{value}", name.replace('_', "-"))
@@ -116,7 +133,7 @@ mod tests {
     use super::*;
 
     fn parse(args: &[&str]) -> Args {
-        Args::try_parse_from(normalised(args.iter().map(OsString::from))).unwrap()
+        Args::try_parse_from(normalised(args.iter().map(OsString::from), &mut Vec::new()).unwrap()).unwrap()
     }
 
     #[test]
@@ -145,7 +162,54 @@ mod tests {
     #[test]
     fn unknown_flags_are_refused() {
         for flag in ["--no-such", "--no-hosts", "-z"] {
-            assert!(Args::try_parse_from(normalised(["hvdrun", flag, "p"].map(OsString::from))).is_err(), "{flag}");
+            let args = normalised(["hvdrun", flag, "p"].map(OsString::from), &mut Vec::new()).unwrap();
+            assert!(Args::try_parse_from(args).is_err(), "{flag}");
         }
+    }
+
+    #[test]
+    fn a_number_may_stick_to_np() {
+        for flag in ["-np12", "-np=12", "-n12"] {
+            assert_eq!(parse(&["hvdrun", flag, "p"]).options.num_proc, Some(12), "{flag}");
+        }
+        let args = normalised(["hvdrun", "-np2x", "p"].map(OsString::from), &mut Vec::new()).unwrap();
+        assert!(Args::try_parse_from(args).is_err());
+    }
+
+    #[test]
+    fn flags_of_horovod_without_a_counterpart_are_left_out_or_explained() {
+        let mut notes = Vec::new();
+        let line =
+            "hvdrun -np 2 --cycle-time-ms 3.5 --num_nccl_streams=4 --gloo --no-torus-allreduce p --gloo --min-np 2";
+        let args = normalised(line.split(' ').map(OsString::from), &mut notes).unwrap();
+        let args = Args::try_parse_from(args).unwrap();
+        assert_eq!(
+            (args.options.num_proc, args.command),
+            (Some(2), ["p", "--gloo", "--min-np", "2"].map(OsString::from).into())
+        );
+        assert_eq!(notes.len(), 4);
+        assert!(notes[0].starts_with("--cycle-time-ms changes nothing: there is no cycle"), "{}", notes[0]);
+        for (flag, hint) in
+            [("--min-np", "-np"), ("--mpi-args=-x", "mpirun"), ("--host-discovery-script", "--hostfile")]
+        {
+            let error = normalised(["hvdrun", flag, "2", "p"].map(OsString::from), &mut notes).unwrap_err();
+            assert!(error.contains(hint) && flag.starts_with(error.split(' ').next().unwrap()), "{error}");
+        }
+    }
+
+    #[test]
+    fn all_other_flags_of_horovod_are_known() {
+        let switches = "--check-build --disable-cache --verbose --hierarchical-allreduce --no-hierarchical-allreduce --autotune \
+            --no-autotune --timeline-mark-cycles --no-timeline-mark-cycles --stall-check --no-stall-check \
+            --log-with-timestamp --log-without-timestamp --prefix-output-with-timestamp";
+        let values = "--num-proc --start-timeout --ssh-port --fusion-threshold-mb --cache-capacity --autotune-warmup-samples \
+            --autotune-steps-per-sample --autotune-bayes-opt-max-samples --stall-check-warning-time-seconds \
+            --stall-check-shutdown-time-seconds --network-interfaces --output-filename --config-file --ssh-identity-file \
+            --autotune-log-file --timeline-filename --thread-affinity --log-level --hosts";
+        let switches = switches.split_whitespace().map(String::from);
+        for flag in switches.chain(values.split_whitespace().map(|flag| format!("{flag}=1"))) {
+            assert_eq!(parse(&["hvdrun", &flag, "p"]).command, ["p"], "{flag}");
+        }
+        assert_eq!(spelled_out("-v"), "--version");
     }
 }

@@ -21,6 +21,7 @@ mod build;
 mod connection;
 mod environment;
 mod events;
+mod horovod;
 mod hosts;
 mod job;
 mod message;
@@ -46,13 +47,22 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     if args.get(1).is_some_and(|arg| arg == connection::AGENT_FLAG) {
         return finish(agent::serve().map(|()| 0));
     }
-    let args = match Args::try_parse_from(args::normalised(args)) {
+    let mut notes = Vec::new();
+    let args = match args::normalised(args, &mut notes) {
+        Ok(args) => args,
+        Err(hint) => {
+            eprintln!("hvdrun: {hint}");
+            return ExitCode::from(report::USAGE);
+        }
+    };
+    let args = match Args::try_parse_from(args) {
         Ok(args) => args,
         Err(error) => {
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { report::USAGE } else { 0 });
         }
     };
+    notes.iter().for_each(|note| eprintln!("hvdrun: {note}"));
     if args.check_build {
         print!("{}", build::describe());
         return ExitCode::SUCCESS;

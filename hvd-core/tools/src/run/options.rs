@@ -109,6 +109,15 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Settings of the runtime")]
     pub autotune_steps_per_sample: Option<usize>,
 
+    /// Samples that the tuner takes at most (HVD_AUTOTUNE_MAX_SAMPLES)
+    #[arg(
+        long,
+        visible_alias = "autotune-bayes-opt-max-samples",
+        value_name = "N",
+        help_heading = "Settings of the runtime"
+    )]
+    pub autotune_max_samples: Option<usize>,
+
     /// Warn of tensors that some ranks do not submit. Default: on (HVD_STALL_CHECK_DISABLE)
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", help_heading = "Settings of the runtime")]
     pub stall_check: Option<bool>,
@@ -208,6 +217,7 @@ impl Options {
             ("HVD_AUTOTUNE_LOG", path(&self.autotune_log_file)?),
             ("HVD_AUTOTUNE_WARMUP_SAMPLES", text(&self.autotune_warmup_samples)),
             ("HVD_AUTOTUNE_STEPS_PER_SAMPLE", text(&self.autotune_steps_per_sample)),
+            ("HVD_AUTOTUNE_MAX_SAMPLES", text(&self.autotune_max_samples)),
             ("HVD_STALL_CHECK_DISABLE", switch(self.stall_check.map(|on| !on))),
             ("HVD_STALL_CHECK_TIME_SECONDS", text(&self.stall_check_warning_time_seconds)),
             ("HVD_STALL_SHUTDOWN_TIME_SECONDS", text(&self.stall_check_shutdown_time_seconds)),
