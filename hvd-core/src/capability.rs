@@ -63,9 +63,15 @@ pub fn rocm_built() -> bool {
     false
 }
 
-/// Whether Gloo is used.
+/// Whether Gloo is used: never, as TCP takes its place; see [`tcp_built`].
 pub fn gloo_built() -> bool {
     false
+}
+
+/// Whether Gloo moves bytes between the ranks: never. Whether TCP does, which takes its place, says
+/// [`tcp_enabled`](crate::tcp_enabled).
+pub fn gloo_enabled() -> bool {
+    gloo_built()
 }
 
 /// Whether oneCCL is used.
@@ -76,4 +82,26 @@ pub fn ccl_built() -> bool {
 /// Whether IBM's DDL is used.
 pub fn ddl_built() -> bool {
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_says_what_the_queries_say() {
+        let queries = [
+            ("shm", shm_built as fn() -> bool),
+            ("tcp", tcp_built),
+            ("mpi", mpi_built),
+            ("cuda", cuda_built),
+            ("nccl", nccl_built),
+            ("rocm", rocm_built),
+            ("gloo", gloo_enabled),
+            ("ccl", ccl_built),
+            ("ddl", ddl_built),
+        ];
+        let listed: Vec<_> = capabilities().into_iter().map(|found| (found.name, found.available)).collect();
+        assert_eq!(listed, queries.map(|(name, query)| (name, query())));
+    }
 }

@@ -29,8 +29,8 @@ pub mod capability;
 pub mod fuzzing;
 
 pub use capability::{
-    Capability, capabilities, ccl_built, cuda_built, ddl_built, gloo_built, mpi_built, nccl_built, rocm_built,
-    shm_built, tcp_built,
+    Capability, capabilities, ccl_built, cuda_built, ddl_built, gloo_built, gloo_enabled, mpi_built, nccl_built,
+    rocm_built, shm_built, tcp_built,
 };
 pub use device::Device;
 pub use dtype::{DType, Element};

@@ -62,9 +62,9 @@ pub use sampler::DistributedSampler;
 
 pub use hvd_core::{
     Allreduce, Backend, Capability, Compression, Observer, Phase, ProcessSet, ReduceOp, Topology, World, capabilities,
-    ccl_built, cross_rank, cross_size, cuda_built, ddl_built, gloo_built, init, init_with, init_with_process_sets,
-    is_initialised, local_rank, local_size, mpi_built, mpi_enabled, mpi_threads_supported, nccl_built, rank,
-    rocm_built, shm_built, shm_enabled, shutdown, size, tcp_built, tcp_enabled, world,
+    ccl_built, cross_rank, cross_size, cuda_built, ddl_built, gloo_built, gloo_enabled, init, init_with,
+    init_with_process_sets, is_initialised, local_rank, local_size, mpi_built, mpi_enabled, mpi_threads_supported,
+    nccl_built, rank, rocm_built, shm_built, shm_enabled, shutdown, size, tcp_built, tcp_enabled, world,
 };
 
 /// Whether this process should write logs and files: rank 0, or a process without a world.
