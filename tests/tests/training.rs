@@ -39,7 +39,7 @@ impl Lab {
     fn config(&self) -> String {
         let folder = self.folder.path().display();
         format!(
-            "model: {{d_model: 32, n_heads: 2, n_layers: 2, d_ff: 64, dropout: 0.0, max_seq_len: 16, vocab_size: auto}}\n\
+            "model: {{d_model: 32, n_heads: 2, n_layers: 2, d_ff: 64, dropout: 0.1, max_seq_len: 16, vocab_size: auto}}\n\
              training: {{max_steps: 100, per_gpu_batch_size: 4, global_batch_size: 24, learning_rate: 0.003, \
              warmup_steps: 10, max_grad_norm: 0.5, log_interval: 1, save_interval: 20, eval_interval: 50, amp_dtype: fp32}}\n\
              data: {{data_dir: {folder}/data}}\n\
@@ -137,7 +137,7 @@ fn fp32_gives_the_same_losses_on_any_number_of_ranks() {
 fn the_same_command_twice_gives_the_same_bits() {
     let lab = Lab::new();
     for output in ["first", "second"] {
-        lab.train(2, output, &["model.dropout=0.1"]).run().assert_success();
+        lab.train(2, output, &[]).run().assert_success();
     }
     assert_eq!(lab.metrics("first"), lab.metrics("second"));
     assert!(lab.weights("first") == lab.weights("second"), "the weights differ");
@@ -177,16 +177,15 @@ fn kill_somewhere(job: Job, random: &mut ChaCha8Rng, ranks: usize, longest: Dura
 fn a_killed_training_resumes_and_ends_bit_identical() {
     let lab = Lab::new();
     let ranks = 2;
-    let sets = ["model.dropout=0.1"];
-    let undisturbed = lab.train(ranks, "undisturbed", &sets).run();
+    let undisturbed = lab.train(ranks, "undisturbed", &[]).run();
     undisturbed.assert_success();
     let mut random = ChaCha8Rng::seed_from_u64(seed());
     for _ in 0..10 {
-        let job = lab.train(ranks, "disturbed", &sets).args(["--resume", "auto"]);
+        let job = lab.train(ranks, "disturbed", &[]).args(["--resume", "auto"]);
         // Not so late that the first of them would come through to the end.
         kill_somewhere(job, &mut random, ranks, undisturbed.elapsed.mul_f64(0.7));
     }
-    lab.train(ranks, "disturbed", &sets).args(["--resume", "auto"]).run().assert_success();
+    lab.train(ranks, "disturbed", &[]).args(["--resume", "auto"]).run().assert_success();
     assert_eq!(lab.metrics("disturbed"), lab.metrics("undisturbed"));
     assert!(lab.weights("disturbed") == lab.weights("undisturbed"), "the weights differ");
     assert_no_leftovers(&lab.run_folder("disturbed"));

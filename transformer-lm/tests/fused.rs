@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hvd_torch::Hook;
 use proptest::prelude::*;
 use tch::{Device, Kind, Reduction, Tensor};
+use transformer_lm::model::Dropout;
 use transformer_lm::model::fused::{
     Dense, HeadOptions, LayerNormOptions, add_linear, add_linear_norm, causal_attention, embedding, gelu, layer_norm,
     linear, linear_cross_entropy,
@@ -65,13 +66,24 @@ fn agrees_within(
     assert!(error < tolerance, "result where no gradient is wanted: {error}");
 }
 
+/// Dropout of so many sequences.
+fn dropout(probability: f64, sequences: i64) -> Dropout {
+    Dropout::new(probability, (0..sequences as u64).map(|sequence| 1000 + sequence).collect())
+}
+
+/// What dropout multiplies elements of this shape by, in f64.
+fn factors(dropout: &Dropout, shape: &[i64]) -> Tensor {
+    dropout.apply(Tensor::ones(shape, (Kind::Double, Device::Cpu))).unwrap()
+}
+
 /// Queries, keys and values beside each other, by plain products and a softmax.
-fn plain_attention(qkv: &Tensor, heads: i64) -> Tensor {
+fn plain_attention(qkv: &Tensor, heads: i64, dropout: &Dropout) -> Tensor {
     let (b, t, d) = (qkv.size()[0], qkv.size()[1], qkv.size()[2] / 3);
     let part = |at: i64| qkv.narrow(2, at * d, d).reshape([b, t, heads, d / heads]).transpose(1, 2); // (B, H, T, hs)
     let scores = part(0).matmul(&part(1).transpose(2, 3)) / ((d / heads) as f64).sqrt();
     let hidden = Tensor::ones([t, t], (Kind::Bool, Device::Cpu)).tril(0).logical_not();
     let weights = scores.masked_fill(&hidden, f64::NEG_INFINITY).softmax(-1, Kind::Double);
+    let weights = &weights * factors(dropout, &weights.size()); // (B, H, T, T)
     weights.matmul(&part(2)).transpose(1, 2).reshape([b, t, d])
 }
 
@@ -199,12 +211,13 @@ proptest! {
     #[test]
     fn attention_is_two_products_and_a_softmax(
         seed in 0i64..1000, b in 1i64..4, t in 1i64..200, heads in 1i64..4, width in 1i64..24, scale in 0.1f64..3.0,
+        probability in prop_oneof![Just(0.0), 0.05..0.9f64],
     ) {
-        let qkv = values(seed, &[b, t, 3 * heads * width], scale);
+        let (qkv, dropout) = (values(seed, &[b, t, 3 * heads * width], scale), dropout(probability, b));
         agrees(
             &[qkv],
-            |qkv| causal_attention(&qkv[0], heads as usize).unwrap(),
-            |qkv| plain_attention(&qkv[0], heads),
+            |qkv| causal_attention(&qkv[0], heads as usize, &dropout).unwrap(),
+            |qkv| plain_attention(&qkv[0], heads, &dropout),
         );
     }
 
@@ -245,8 +258,8 @@ fn a_head_in_pieces_gives_the_same() {
 #[test]
 fn what_is_not_served_is_left_to_torch() {
     let qkv = values(1, &[2, 9, 24], 1.0);
-    let found = causal_attention(&qkv, 2).unwrap();
-    assert!(distance(&found, &plain_attention(&qkv, 2)) < 1e-12);
+    let found = causal_attention(&qkv, 2, &Dropout::none()).unwrap();
+    assert!(distance(&found, &plain_attention(&qkv, 2, &Dropout::none())) < 1e-12);
     let vector = values(2, &[24], 1.0);
     let activated = (&qkv + &vector).gelu("tanh");
     assert_eq!(gelu(qkv.copy(), Some(&vector)).unwrap(), activated);
@@ -268,12 +281,76 @@ fn what_is_not_served_is_left_to_torch() {
     assert!(linear_cross_entropy(&hidden, &weight, &targets, options(0.0)).unwrap().is_none());
 }
 
+/// The gradient of `sum(outside · y)`.
+fn gradient(x: &Tensor, outside: &Tensor, y: impl Fn(&Tensor) -> Tensor) -> Tensor {
+    let x = x.detach().copy().set_requires_grad(true);
+    hvd_torch::autograd::backward(&[(&y(&x), Some(outside))], false).unwrap();
+    x.grad()
+}
+
+#[test]
+fn attention_of_every_type_drops_the_same_weights() {
+    let (qkv, dropout) = (values(1, &[2, 70, 24], 1.0), dropout(0.3, 2));
+    let expected = plain_attention(&qkv, 2, &dropout);
+    let outside = values(2, &expected.size(), 1.0);
+    let expected_grad = gradient(&qkv, &outside, |qkv| plain_attention(qkv, 2, &dropout));
+    for (kind, tolerance) in [(Kind::Double, 1e-7), (Kind::Float, 5e-6), (Kind::BFloat16, 2e-2), (Kind::Half, 2e-3)] {
+        let qkv = qkv.to_kind(kind);
+        let found = causal_attention(&qkv, 2, &dropout).unwrap();
+        let grad = gradient(&qkv, &outside.to_kind(kind), |qkv| causal_attention(qkv, 2, &dropout).unwrap());
+        assert_eq!((found.kind(), grad.kind()), (kind, kind));
+        assert!(distance(&found, &expected) < tolerance, "{kind:?}: {}", distance(&found, &expected));
+        assert!(distance(&grad, &expected_grad) < tolerance, "{kind:?}: {}", distance(&grad, &expected_grad));
+    }
+}
+
+#[test]
+fn what_is_dropped_has_no_gradient_and_what_is_kept_a_larger_one() {
+    let dropout = dropout(0.25, 3);
+    let factors = factors(&dropout, &[3, 50, 33]);
+    let distinct = Vec::<f64>::try_from(factors.view([-1]).unique_dim(0, true, false, false).0).unwrap();
+    assert!(matches!(distinct[..], [zero, kept] if zero == 0.0 && (kept - 4.0 / 3.0).abs() < 1e-7), "{distinct:?}");
+    for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
+        let [x, outside] = [1, 2].map(|seed| values(seed, &[3, 50, 33], 1.0).to_kind(kind));
+        let grad = gradient(&x, &outside, |x| dropout.apply(x * 1.0).unwrap());
+        let left = dropout.apply(x.copy()).unwrap();
+        for (found, given) in [(left, x), (grad, outside)] {
+            assert_eq!(found.kind(), kind);
+            assert!(found.equal(&(given.to_kind(Kind::Double) * &factors).to_kind(kind)), "{kind:?}");
+        }
+    }
+}
+
+#[test]
+fn parts_and_sequences_have_masks_of_their_own() {
+    let (probability, shape) = (0.3, [2, 100, 1000]);
+    let whole = dropout(probability, 2);
+    let masks = [whole.clone(), whole.at(0), whole.at(1), whole.at(0).at(1), whole.at(1).at(0)];
+    let masks: Vec<Tensor> =
+        masks.iter().map(|dropout| factors(dropout, &shape)).flat_map(|both| [both.get(0), both.get(1)]).collect();
+    let (expected, spread) = (2.0 * probability * (1.0 - probability), 0.5 / 1e5f64.sqrt());
+    for (a, b) in masks.iter().enumerate().flat_map(|(at, a)| masks[..at].iter().map(move |b| (a, b))) {
+        let differences = a.not_equal_tensor(b).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+        assert!((differences - expected).abs() < 5.0 * spread, "{differences}, expected {expected}");
+    }
+    // A sequence alone has the mask that it has beside others.
+    assert_eq!(factors(&Dropout::new(probability, vec![1001]), &[1, 100, 1000]).get(0), masks[1]);
+}
+
 #[test]
 fn what_does_not_fit_is_an_error() {
     let floats = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
-    assert!(causal_attention(&floats(&[2, 5, 12]), 3).unwrap_err().to_string().contains("D a multiple of 3"));
-    assert!(causal_attention(&floats(&[2, 5, 13]), 2).is_err());
-    assert!(causal_attention(&floats(&[5, 12]), 2).is_err());
+    assert!(
+        causal_attention(&floats(&[2, 5, 12]), 3, &Dropout::none())
+            .unwrap_err()
+            .to_string()
+            .contains("D a multiple of 3")
+    );
+    assert!(causal_attention(&floats(&[2, 5, 13]), 2, &Dropout::none()).is_err());
+    assert!(causal_attention(&floats(&[5, 12]), 2, &Dropout::none()).is_err());
+    let refusal = causal_attention(&floats(&[2, 5, 12]), 2, &dropout(0.1, 3)).unwrap_err().to_string();
+    assert!(refusal.contains("dropout of 3 sequences for 2"), "{refusal}");
+    assert!(dropout(0.1, 3).apply(floats(&[2, 3])).is_err() && dropout(0.1, 3).apply(floats(&[3])).is_err());
     assert!(gelu(floats(&[5, 12]), Some(&floats(&[5]))).is_err());
     let add = |residual: &[i64], weight: &[i64], bias: &[i64]| {
         add_linear(&floats(residual), &floats(&[5, 3]), dense(&[floats(weight), floats(bias)])).map(drop)
@@ -301,7 +378,7 @@ fn what_is_no_number_stays_none() {
         assert!(activated.isfinite().logical_not().any().int64_value(&[]) == 1);
         let normal = layer_norm(&x, norm(&[x.ones_like(), zeros], 1e-5)).unwrap();
         assert!(normal.isnan().any().int64_value(&[]) == 1);
-        let attended = causal_attention(&x.view([1, 4, 12]), 2).unwrap();
+        let attended = causal_attention(&x.view([1, 4, 12]), 2, &Dropout::none()).unwrap();
         assert!(attended.isnan().any().int64_value(&[]) == 1);
         let weight = Tensor::ones([4, 12], (Kind::Float, Device::Cpu));
         let targets = Tensor::zeros([4], (Kind::Int64, Device::Cpu));

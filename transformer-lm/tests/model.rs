@@ -2,11 +2,16 @@
 
 mod support;
 
+use std::sync::{Mutex, PoisonError};
+
 use support::reference::Reference;
 use support::{distance, ids, lively_model, tiny};
 use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
 use transformer_lm::model::{IGNORE_INDEX, ModelConfig, Positions, TransformerLM};
+
+/// Tests that draw from torch's generator take turns.
+static GENERATOR: Mutex<()> = Mutex::new(());
 
 fn two_sequences() -> Vec<Vec<usize>> {
     vec![vec![3, 0, 10, 4, 4, 1], vec![9, 2, 2, 0, 6, 5]]
@@ -201,6 +206,7 @@ fn dropout_follows_the_seed_and_rests_outside_training() {
     let config = ModelConfig { dropout: 0.3, ..tiny() };
     let (_store, model) = lively_model(&config, Kind::Float);
     let batch = ids(&two_sequences());
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     let run = |seed, train| {
         tch::manual_seed(seed);
         model.forward_t(&batch, None, None, train).unwrap().0
@@ -208,6 +214,24 @@ fn dropout_follows_the_seed_and_rests_outside_training() {
     assert_eq!(run(1, true), run(1, true));
     assert_ne!(run(1, true), run(2, true));
     assert_eq!(run(1, false), run(2, false));
+}
+
+/// With a mask that hides nothing, attention goes another way.
+#[test]
+fn dropout_is_the_same_with_and_without_an_attention_mask() {
+    let config = ModelConfig { dropout: 0.3, ..tiny() };
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::Float, 2e-5)] {
+        let (_store, model) = lively_model(&config, kind);
+        let batch = ids(&two_sequences());
+        let run = |mask: Option<&Tensor>| {
+            tch::manual_seed(5);
+            model.forward_t(&batch, mask, None, true).unwrap().0
+        };
+        let error = distance(&run(None), &run(Some(&batch.ones_like())));
+        assert!(error < tolerance, "{kind:?}: {error}");
+        assert!(distance(&run(None), &model.forward_t(&batch, None, None, false).unwrap().0) > 0.1);
+    }
 }
 
 #[test]

@@ -1,25 +1,19 @@
 //! Training in one process: what it leaves behind, and going on from any of its checkpoints to the bit.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use transformer_lm::Config;
 use transformer_lm::config::AmpDtype;
 use transformer_lm::data::{PrepareOptions, TokenizerKind, prepare};
 use transformer_lm::trainer::{Precision, Resume, Summary, run_distributed_training};
 
-/// Dropout draws from libtorch's one generator, so runs in one process take turns.
-static TURN: Mutex<()> = Mutex::new(());
-
 struct Lab {
     folder: tempfile::TempDir,
     config: Config,
-    _turn: MutexGuard<'static, ()>,
 }
 
 /// 30 updates of a tiny model with dropout, accumulation and clipping; an epoch has 22.
 fn lab() -> Lab {
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     let text: String = (0..300).map(|i| ["king ", "queen ", "crown "][i * i % 7 % 3]).collect();
     std::fs::write(folder.path().join("text.txt"), text).unwrap();
@@ -40,7 +34,7 @@ fn lab() -> Lab {
         data.display()
     );
     let config = Config::from_yaml(&text, "test").unwrap();
-    Lab { folder, config, _turn: turn }
+    Lab { folder, config }
 }
 
 impl Lab {
@@ -80,6 +74,11 @@ fn copy_all(from: &Path, to: &Path) {
 fn rows(run: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(run.join("metrics.csv")).unwrap();
     text.lines().map(|line| line.split(',').take(8).collect::<Vec<_>>().join(",")).collect()
+}
+
+/// The losses of training and validation, in order.
+fn losses(run: &Path) -> Vec<f64> {
+    rows(run).iter().skip(1).map(|row| row.split(',').nth(5).unwrap().parse().unwrap()).collect()
 }
 
 fn names(run: &Path) -> Vec<String> {
@@ -234,15 +233,44 @@ fn a_vocabulary_that_is_left_out_is_that_of_the_data() {
 #[test]
 fn what_is_computed_twice_changes_nothing() {
     let mut lab = lab();
-    lab.config.model.dropout = 0.0;
     let kept = lab.train("kept", None).unwrap().run.unwrap();
     lab.config.training.gradient_checkpointing = true;
-    assert_same_end(&kept, &lab.train("recomputed", None).unwrap().run.unwrap());
-    lab.config.model.dropout = 0.1;
-    let first = lab.train("first", None).unwrap().run.unwrap();
-    let copy = lab.rewound(&first, "second", &["checkpoint_epoch1_step14"]);
-    lab.train("second", Some(Resume::Auto)).unwrap();
-    assert_same_end(&first, &copy);
+    let recomputed = lab.train("recomputed", None).unwrap().run.unwrap();
+    assert_same_end(&kept, &recomputed);
+    let copy = lab.rewound(&recomputed, "resumed", &["checkpoint_epoch1_step14"]);
+    lab.train("resumed", Some(Resume::Auto)).unwrap();
+    assert_same_end(&recomputed, &copy);
+}
+
+/// What dropout drops of a sequence does not depend on the others that are computed with it.
+#[test]
+fn micro_batches_of_another_size_change_nothing_but_rounding() {
+    let mut lab = lab();
+    lab.config.training.amp_dtype = AmpDtype::Fp64;
+    let small = lab.train("small", None).unwrap().run.unwrap();
+    let expected = losses(&small);
+    lab.config.training.per_gpu_batch_size = 8;
+    let large = lab.train("large", None).unwrap().run.unwrap();
+    let resumed = lab.rewound(&small, "resumed", &["checkpoint_epoch1_step14"]);
+    lab.train("resumed", Some(Resume::Auto)).unwrap();
+    for run in [large, resumed] {
+        let found = losses(&run);
+        assert_eq!(found.len(), expected.len());
+        assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-9), "{found:?} {expected:?}");
+    }
+}
+
+#[test]
+fn every_update_has_masks_of_its_own() {
+    let mut lab = lab();
+    let training = &mut lab.config.training;
+    (training.overfit_one_batch, training.learning_rate, training.log_interval) = (true, 1e-30, 1);
+    (training.max_steps, training.eval_interval) = (Some(3), 0);
+    let losses = losses(&lab.train("runs", None).unwrap().run.unwrap());
+    assert!(losses[0] != losses[1] && losses[1] != losses[2] && losses[2] != losses[0], "{losses:?}");
+    lab.config.model.dropout = 0.0;
+    let losses = self::losses(&lab.train("without", None).unwrap().run.unwrap());
+    assert!(losses[0] == losses[1] && losses[1] == losses[2], "{losses:?}");
 }
 
 #[test]
@@ -356,6 +384,7 @@ fn a_checkpoint_that_was_due_at_a_skipped_update_is_saved_after_the_next() {
     // Once the window of the guard is full, whatever is above its mean is skipped.
     (training.skip_outliers_z, training.max_skipped_in_a_row, training.max_steps) = (1e-9, 1000, Some(160));
     (training.save_interval, training.eval_interval, training.log_interval) = (2, 0, 1);
+    lab.config.model.dropout = 0.8; // the loss goes up and down, and hardly falls
     let run = lab.train("runs", None).unwrap().run.unwrap();
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let rows: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -534,7 +563,6 @@ fn computing_twice_saves_most_of_the_activations() {
 #[test]
 fn bf16_stays_close_to_fp32() {
     let mut lab = lab();
-    lab.config.model.dropout = 0.0;
     let exact = lab.train("fp32", None).unwrap().loss.unwrap();
     lab.config.training.amp_dtype = AmpDtype::Bf16;
     let close = lab.train("bf16", None).unwrap().loss.unwrap();

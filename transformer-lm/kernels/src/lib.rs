@@ -1,5 +1,5 @@
 //! The loops of a language model that libtorch's libraries are not the quickest for, in f32: GELU, causal softmax, normalisation,
-//! cross-entropy, and products with few vectors.
+//! cross-entropy, dropout, and products with few vectors.
 //!
 //! They do the same operations in the same order on every processor, whatever the width of its vectors. A package of its own so
 //! that a debug build can optimise them.
@@ -7,13 +7,15 @@
 
 mod activation;
 mod attention;
+mod dropout;
 mod exp;
 mod loss;
 mod norm;
 mod product;
 
 pub use activation::{bias_gelu, gelu_backward};
-pub use attention::{causal_softmax, causal_softmax_backward, causal_weights};
+pub use attention::{causal_softmax, causal_softmax_backward, causal_weights, drop_weights};
+pub use dropout::{Mask, mask_factors};
 pub use loss::{Loss, Target, cross_entropy};
 pub use norm::{ColumnSums, Moments, Norm, Normalised, add_rows, add_scaled, normalise, normalise_backward};
 pub use product::{Weight, multiply, weighted_sum};

@@ -1,11 +1,12 @@
 //! Loss and gradients of a micro-batch, with the activations kept or computed twice.
 
-use hvd_torch::{Autocast, autograd, reseed};
+use hvd_torch::{Autocast, autograd};
 use tch::{Kind, Tensor};
 
-use super::TransformerLM;
-use super::block::{Attend, Stream};
+use super::block::Stream;
+use super::fused::Attend;
 use super::loss::{LossSums, shifted};
+use super::{Dropout, TransformerLM, of_block};
 use crate::Result;
 
 /// How [`TransformerLM::backward`] computes.
@@ -24,36 +25,57 @@ impl TransformerLM {
     ///
     /// With [`ModelConfig::gradient_checkpointing`](super::ModelConfig::gradient_checkpointing) only each block's input is
     /// kept (Chen et al., 2016), and a block is computed again when its gradients are: a third more arithmetic, and the
-    /// memory of one block's activations instead of all. The gradients are the same; without dropout to the bit.
+    /// memory of one block's activations instead of all. The gradients are the same to the bit.
+    ///
+    /// Dropout has masks from torch's generator.
     ///
     /// # Errors
     /// As [`TransformerLM::loss_sum`]; where torch fails.
     pub fn backward(&self, batch: &Tensor, how: &Backward) -> Result<LossSums> {
-        self.backward_watched(batch, how, || {})
+        self.backward_watched(batch, how, &self.draw_dropout(batch)?, || {})
     }
 
-    /// As [`TransformerLM::backward`]; calls `forward_done` between the forward and the backward pass.
+    /// As [`TransformerLM::backward`] with this dropout; calls `forward_done` between the forward and the backward pass.
     pub(crate) fn backward_watched(
         &self,
         batch: &Tensor,
         how: &Backward,
+        dropout: &Dropout,
         forward_done: impl FnOnce(),
     ) -> Result<LossSums> {
         let sums = match self.config().gradient_checkpointing {
-            true => self.backward_recomputing(batch, how, forward_done)?,
-            false => {
-                let sums = self.cast(how, || self.batch_loss(batch, true, how.accuracy))?;
-                forward_done();
-                (&sums.loss * how.factor).f_backward()?;
-                sums
-            }
+            true => self.backward_recomputing(batch, how, dropout, forward_done)?,
+            false => self.backward_keeping(batch, how, dropout, forward_done)?,
         };
         Ok(LossSums { loss: sums.loss.detach(), ..sums })
     }
 
-    fn backward_recomputing(&self, batch: &Tensor, how: &Backward, forward_done: impl FnOnce()) -> Result<LossSums> {
+    fn backward_keeping(
+        &self,
+        batch: &Tensor,
+        how: &Backward,
+        dropout: &Dropout,
+        forward_done: impl FnOnce(),
+    ) -> Result<LossSums> {
         let (input_ids, targets) = shifted(batch)?;
-        let parts = Parts { model: self, how, input_ids, dropout: DropoutSeed::draw(self.config().dropout) };
+        let sums = self.cast(how, || {
+            let hidden = self.hidden_dropping(&input_ids, None, dropout)?; // (B, T, D)
+            self.head_sums(&hidden, &self.wte.values, &targets, true, how.accuracy)
+        })?;
+        forward_done();
+        (&sums.loss * how.factor).f_backward()?;
+        Ok(sums)
+    }
+
+    fn backward_recomputing(
+        &self,
+        batch: &Tensor,
+        how: &Backward,
+        dropout: &Dropout,
+        forward_done: impl FnOnce(),
+    ) -> Result<LossSums> {
+        let (input_ids, targets) = shifted(batch)?;
+        let parts = Parts { model: self, how, input_ids, dropout };
         let mut inputs = tch::no_grad(|| parts.inputs())?;
 
         // The embedding's weights are used at both ends, but a gradient may arrive only once for each parameter, as its
@@ -93,20 +115,19 @@ struct Parts<'a> {
     model: &'a TransformerLM,
     how: &'a Backward,
     input_ids: Tensor,
-    dropout: DropoutSeed,
+    dropout: &'a Dropout,
 }
 
 impl Parts<'_> {
     fn embed(&self) -> Result<Tensor> {
-        self.dropout.set(0);
-        self.model.cast(self.how, || self.model.embed(&self.input_ids, 0, true))
+        self.model.cast(self.how, || self.model.embed(&self.input_ids, 0, self.dropout))
     }
 
     /// The residual stream after a block, (B, T, D), of that before it.
     fn block(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
-        self.dropout.set(layer as u64 + 1);
-        let stream = Stream::new(x.shallow_clone());
-        self.model.cast(self.how, || self.model.blocks[layer].forward(stream, &Attend::Causal, None, true)?.sum())
+        let (stream, dropout) = (Stream::new(x.shallow_clone()), of_block(self.dropout, layer));
+        let block = &self.model.blocks[layer];
+        self.model.cast(self.how, || block.forward(stream, &Attend::Causal, None, &dropout)?.sum())
     }
 
     /// What goes into each block, and into the head: (B, T, D).
@@ -122,21 +143,4 @@ impl Parts<'_> {
 /// The same elements as the start of a graph of their own.
 fn leaf(tensor: &Tensor) -> Tensor {
     tensor.detach().set_requires_grad(true)
-}
-
-/// Lets dropout draw the same again when a part is computed again.
-struct DropoutSeed(Option<u64>);
-
-impl DropoutSeed {
-    /// Follows from the state of torch's generator.
-    fn draw(dropout: f64) -> Self {
-        let draw = || Tensor::randint(i64::MAX, [1], (Kind::Int64, tch::Device::Cpu)).int64_value(&[0]) as u64;
-        Self((dropout > 0.0).then(draw))
-    }
-
-    fn set(&self, part: u64) {
-        if let Some(seed) = self.0 {
-            reseed(&[seed, part]);
-        }
-    }
 }

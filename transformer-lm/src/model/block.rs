@@ -6,7 +6,8 @@
 use tch::{Tensor, nn};
 
 use super::cache::LayerCache;
-use super::fused::{self, Dense, LayerNormOptions};
+use super::dropout::Dropout;
+use super::fused::{self, Attend, Dense, LayerNormOptions};
 use super::init::Init;
 use super::matrix::Matrix;
 use super::{ModelConfig, STD};
@@ -40,10 +41,10 @@ impl Linear {
     }
 
     /// What the layer adds to the residual stream.
-    fn branch(&self, x: Tensor, probability: f64, train: bool) -> Result<Branch<'_>> {
-        match train && probability > 0.0 {
-            true => Ok(Branch::Values(dropout(self.forward(&x)?, probability, train))),
-            false => Ok(Branch::Product(x, Dense { weight: &self.weight.values, bias: &self.bias })),
+    fn branch(&self, x: Tensor, dropout: &Dropout) -> Result<Branch<'_>> {
+        match dropout.is_off() {
+            true => Ok(Branch::Product(x, Dense { weight: &self.weight.values, bias: &self.bias })),
+            false => Ok(Branch::Values(dropout.apply(self.forward(&x)?)?)),
         }
     }
 }
@@ -105,23 +106,16 @@ impl LayerNorm {
     }
 }
 
-/// Who may look at whom.
-#[derive(Debug)]
-pub(super) enum Attend {
-    /// Each position sees itself and those before it; nothing is cached.
-    Causal,
-    /// Every position sees all: a single new token and its past.
-    All,
-    /// True where a query (row) may see a key (column); broadcasts to (B, H, T, S).
-    Masked(Tensor),
-}
+/// The parts of a block that have dropout.
+const ATTENTION_WEIGHTS: u64 = 0;
+const ATTENTION: u64 = 1;
+const FEED_FORWARD: u64 = 2;
 
 #[derive(Debug)]
 pub(super) struct Attention {
     pub(super) c_attn: Linear,
     pub(super) c_proj: Linear,
     heads: i64,
-    dropout: f64,
 }
 
 impl Attention {
@@ -131,22 +125,33 @@ impl Attention {
             c_attn: Linear::new(init, &(path / "c_attn"), d, 3 * d, STD),
             c_proj: Linear::new(init, &(path / "c_proj"), d, d, residual_std(config)),
             heads: config.n_heads as i64,
-            dropout: config.dropout,
         }
     }
 
-    fn forward(&self, x: &Tensor, attend: &Attend, cache: Option<&mut LayerCache>, train: bool) -> Result<Branch<'_>> {
+    fn forward(
+        &self,
+        x: &Tensor,
+        attend: &Attend,
+        cache: Option<&mut LayerCache>,
+        dropout: &Dropout,
+    ) -> Result<Branch<'_>> {
         let qkv = self.c_attn.forward(x)?; // (B, T, 3D)
-        let drops = train && self.dropout > 0.0;
+        let of_weights = dropout.at(ATTENTION_WEIGHTS);
         let y = match (attend, &cache) {
-            (Attend::Causal, None) if !drops => fused::causal_attention(&qkv, self.heads as usize)?,
-            _ => self.gather(&qkv, attend, cache, train),
+            (Attend::Causal, None) => fused::causal_attention(&qkv, self.heads as usize, &of_weights)?,
+            _ => self.gather(&qkv, attend, cache, &of_weights)?,
         };
-        self.c_proj.branch(y, self.dropout, train) // (B, T, D)
+        self.c_proj.branch(y, &dropout.at(ATTENTION)) // (B, T, D)
     }
 
     /// What each position gathers from those that it sees: (B, T, 3D) to (B, T, D).
-    fn gather(&self, qkv: &Tensor, attend: &Attend, cache: Option<&mut LayerCache>, train: bool) -> Tensor {
+    fn gather(
+        &self,
+        qkv: &Tensor,
+        attend: &Attend,
+        cache: Option<&mut LayerCache>,
+        dropout: &Dropout,
+    ) -> Result<Tensor> {
         let (b, t, d) = (qkv.size()[0], qkv.size()[1], qkv.size()[2] / 3);
         let split: Vec<Tensor> = qkv
             .split(d, 2) // three of (B, T, D)
@@ -157,18 +162,8 @@ impl Attention {
             Some(cache) => cache.append(&split[1], &split[2]), // (B, H, S, hs)
             None => (split[1].shallow_clone(), split[2].shallow_clone()),
         };
-        let y = self.attend(&split[0], &k, &v, attend, train); // (B, H, T, hs)
-        y.transpose(1, 2).reshape([b, t, d])
-    }
-
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, attend: &Attend, train: bool) -> Tensor {
-        let (mask, causal) = match attend {
-            Attend::Causal => (None, true),
-            Attend::All => (None, false),
-            Attend::Masked(mask) => (Some(mask), false),
-        };
-        let dropout = if train { self.dropout } else { 0.0 };
-        Tensor::scaled_dot_product_attention(q, k, v, mask, dropout, causal, None, false)
+        let y = fused::attention([&split[0], &k, &v], attend, dropout)?; // (B, H, T, hs)
+        Ok(y.transpose(1, 2).reshape([b, t, d]))
     }
 }
 
@@ -176,7 +171,6 @@ impl Attention {
 pub(super) struct Mlp {
     pub(super) c_fc: Linear,
     pub(super) c_proj: Linear,
-    dropout: f64,
 }
 
 impl Mlp {
@@ -185,13 +179,12 @@ impl Mlp {
         Self {
             c_fc: Linear::new(init, &(path / "c_fc"), d, ff, STD),
             c_proj: Linear::new(init, &(path / "c_proj"), ff, d, residual_std(config)),
-            dropout: config.dropout,
         }
     }
 
-    fn forward(&self, x: &Tensor, train: bool) -> Result<Branch<'_>> {
+    fn forward(&self, x: &Tensor, dropout: &Dropout) -> Result<Branch<'_>> {
         let hidden = self.c_fc.forward_gelu(x)?; // (B, T, F)
-        self.c_proj.branch(hidden, self.dropout, train) // (B, T, D)
+        self.c_proj.branch(hidden, dropout) // (B, T, D)
     }
 }
 
@@ -226,21 +219,16 @@ impl Block {
         stream: Stream,
         attend: &Attend,
         cache: Option<&mut LayerCache>,
-        train: bool,
+        dropout: &Dropout,
     ) -> Result<Stream<'_>> {
         let (residual, normal) = self.ln_1.forward(stream)?;
-        let stream = Stream { residual, branch: Some(self.attn.forward(&normal, attend, cache, train)?) };
+        let stream = Stream { residual, branch: Some(self.attn.forward(&normal, attend, cache, dropout)?) };
         let (residual, normal) = self.ln_2.forward(stream)?;
-        Ok(Stream { residual, branch: Some(self.mlp.forward(&normal, train)?) })
+        Ok(Stream { residual, branch: Some(self.mlp.forward(&normal, &dropout.at(FEED_FORWARD))?) })
     }
 }
 
 /// Projections into the residual stream start smaller, so that its variance does not grow with depth.
 fn residual_std(config: &ModelConfig) -> f64 {
     STD / ((2 * config.n_layers) as f64).sqrt()
-}
-
-/// Dropout that costs nothing where there is none.
-pub(super) fn dropout(x: Tensor, probability: f64, train: bool) -> Tensor {
-    if train && probability > 0.0 { x.dropout(probability, true) } else { x }
 }

@@ -22,6 +22,7 @@ mod block;
 mod cache;
 mod config;
 mod decode;
+mod dropout;
 pub mod fused;
 mod init;
 mod loss;
@@ -36,7 +37,8 @@ use tch::{Device, Kind, Tensor, nn};
 
 use crate::{Error, Result};
 
-use block::{Attend, Block, LayerNorm, Stream, dropout};
+use block::{Block, LayerNorm, Stream};
+use fused::Attend;
 use init::Init;
 use matrix::Matrix;
 
@@ -45,6 +47,7 @@ pub use block::LAYER_NORM_EPS;
 pub use cache::KvCache;
 pub use config::{ModelConfig, Positions};
 pub use decode::{Generation, GenerationParams};
+pub use dropout::Dropout;
 pub use loss::{IGNORE_INDEX, LossSums};
 pub(crate) use weights::not_written;
 pub use weights::{copy_weights, read_weights, write_weights};
@@ -146,7 +149,8 @@ impl TransformerLM {
     /// in nats.
     ///
     /// `attention_mask` (B, T) is 1 where a token may be looked at and 0 where it is padding. Labels are shifted inside:
-    /// the logits at `t` are judged by the label at `t + 1`; a label of −100 is left out. `train` switches dropout on.
+    /// the logits at `t` are judged by the label at `t + 1`; a label of −100 is left out. `train` switches dropout on,
+    /// whose masks follow from torch's generator.
     ///
     /// # Errors
     /// Shapes that do not fit, sequences longer than `max_seq_len`, ids or labels outside the vocabulary.
@@ -164,14 +168,33 @@ impl TransformerLM {
 
     /// The last layer's normalised output (B, T, D) for `input_ids` (B, T).
     pub fn hidden(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
-        let x = self.embed(input_ids, 0, train)?; // (B, T, D)
+        let dropout = if train { self.draw_dropout(input_ids)? } else { Dropout::none() };
+        self.hidden_dropping(input_ids, attention_mask, &dropout)
+    }
+
+    /// Dropout of these sequences, with keys from torch's generator.
+    fn draw_dropout(&self, input_ids: &Tensor) -> Result<Dropout> {
+        match self.config.dropout > 0.0 {
+            true => Dropout::drawn(self.config.dropout, token_shape(input_ids)?.0),
+            false => Ok(Dropout::none()),
+        }
+    }
+
+    fn hidden_dropping(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: Option<&Tensor>,
+        dropout: &Dropout,
+    ) -> Result<Tensor> {
+        let x = self.embed(input_ids, 0, dropout)?; // (B, T, D)
         let attend = match attention_mask {
             None => Attend::Causal,
             Some(mask) => Attend::Masked(combined_mask(input_ids, mask)?),
         };
-        let stream = Stream::new(x);
-        let stream =
-            self.blocks.iter().try_fold(stream, |stream, block| block.forward(stream, &attend, None, train))?;
+        let mut stream = Stream::new(x);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            stream = block.forward(stream, &attend, None, &of_block(dropout, layer))?;
+        }
         Ok(self.ln_f.forward(stream)?.1)
     }
 
@@ -204,7 +227,7 @@ impl TransformerLM {
             let room = cache.room();
             return Err(Error::Config(format!("{past} + {added} tokens do not fit into a cache of {room}")));
         }
-        let x = self.embed(input_ids, past, false)?; // (B, T, D)
+        let x = self.embed(input_ids, past, &Dropout::none())?; // (B, T, D)
         let attend = match (past, added) {
             (0, _) => Attend::Causal,
             (_, 1) => Attend::All,
@@ -212,7 +235,7 @@ impl TransformerLM {
         };
         let mut stream = Stream::new(x);
         for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
-            stream = block.forward(stream, &attend, Some(layer), false)?;
+            stream = block.forward(stream, &attend, Some(layer), &Dropout::none())?;
         }
         Ok(self.ln_f.forward(stream)?.1)
     }
@@ -223,7 +246,7 @@ impl TransformerLM {
     }
 
     /// Tokens and positions from `start` on: (B, T) to (B, T, D).
-    fn embed(&self, input_ids: &Tensor, start: i64, train: bool) -> Result<Tensor> {
+    fn embed(&self, input_ids: &Tensor, start: i64, dropout: &Dropout) -> Result<Tensor> {
         let (_, t) = token_shape(input_ids)?;
         let longest = self.config.max_seq_len as i64;
         if start + t > longest {
@@ -232,7 +255,7 @@ impl TransformerLM {
         }
         let tokens = fused::embedding(&self.wte.values, input_ids).map_err(|_| self.bad_ids(input_ids))?;
         let positions = self.wpe.narrow(0, start, t); // (T, D)
-        Ok(dropout(tokens + positions, self.config.dropout, train))
+        dropout.at(EMBEDDING).apply(tokens + positions)
     }
 
     fn bad_ids(&self, ids: &Tensor) -> Error {
@@ -240,6 +263,13 @@ impl TransformerLM {
         let vocabulary = self.config.vocab_size;
         Error::Config(format!("token ids from {low} to {high}; this model's vocabulary is 0 to {}", vocabulary - 1))
     }
+}
+
+/// The embedding among the parts of a model that have dropout; the blocks follow.
+const EMBEDDING: u64 = 0;
+
+fn of_block(dropout: &Dropout, layer: usize) -> Dropout {
+    dropout.at(EMBEDDING + 1 + layer as u64)
 }
 
 /// `(B, T)` of ids, or why they are none.

@@ -1,5 +1,5 @@
 //! Random numbers of our own: the same on every device, element type, libtorch version and number of threads, and
-//! apart from libtorch's global generator, which belongs to dropout.
+//! apart from libtorch's global generator. Those of dropout are [`Dropout`](super::Dropout)'s.
 
 /// A small fast generator (xoshiro256++), seeded through SplitMix64.
 #[derive(Clone, Debug)]

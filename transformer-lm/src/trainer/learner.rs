@@ -1,5 +1,6 @@
 //! One optimizer update: forward and backward over the micro-batches, reduction, clipping, step.
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
@@ -12,7 +13,7 @@ use super::plan::BatchPlan;
 use super::profile;
 use crate::checkpoint::{self, ScalerState};
 use crate::config::{Config, HorovodCompression, WeightDecayOn};
-use crate::model::{Backward, ModelConfig, TransformerLM, copy_weights, read_weights};
+use crate::model::{Backward, Dropout, ModelConfig, TransformerLM, copy_weights, read_weights};
 use crate::{Error, Result};
 
 /// fp16's first loss scale, and the updates without overflow after which it doubles; PyTorch's values.
@@ -51,8 +52,8 @@ pub struct Learner {
     /// Valid tokens of an update where no label is left out. Losses are divided by it before the backward pass, so that
     /// gradients have their final size while they travel.
     nominal_tokens: f64,
-    /// Seed of dropout; none where there is no dropout.
-    dropout_seed: Option<u64>,
+    /// Seed of dropout.
+    seed: u64,
 }
 
 impl Learner {
@@ -88,7 +89,7 @@ impl Learner {
             precision,
             max_grad_norm: config.training.max_grad_norm,
             nominal_tokens: (plan.global * shape.max_seq_len) as f64,
-            dropout_seed: (shape.dropout > 0.0).then_some(config.seed.0),
+            seed: config.seed.0,
         })
     }
 
@@ -169,13 +170,13 @@ impl Learner {
         let mut losses = Vec::with_capacity(batches.len());
         let mut sums = Sums::default();
         for (micro, batch) in batches.iter().enumerate() {
-            if let Some(seed) = self.dropout_seed {
-                hvd_torch::reseed(&[seed, step, micro as u64, self.world.rank() as u64]);
-            }
+            let rows = batch.size()[0] as u64;
+            let first = (self.world.rank() * batches.len() + micro) as u64 * rows;
+            let dropout = self.dropout(step, first..first + rows);
             let factor = self.scale() / self.nominal_tokens;
             let how = Backward { factor, accuracy, autocast: self.precision.autocast };
             let mut started = Instant::now();
-            let part = self.model.backward_watched(batch, &how, || {
+            let part = self.model.backward_watched(batch, &how, &dropout, || {
                 profile::mark(&self.world, profile::FORWARD, started);
                 started = Instant::now();
             })?;
@@ -189,6 +190,12 @@ impl Learner {
             sums.correct += correct.map_or(0.0, |correct| correct.int64_value(&[]) as f64);
         }
         Ok(sums)
+    }
+
+    /// Dropout of these of the global batch's sequences: the same on any rank and in any micro-batch.
+    fn dropout(&self, step: u64, sequences: Range<u64>) -> Dropout {
+        let key = |sequence| hvd_torch::mix(&[self.seed, step, sequence]);
+        Dropout::new(self.model.config().dropout, sequences.map(key).collect())
     }
 
     /// The optimizer's state by name, on rank 0. All ranks must call it.

@@ -3,56 +3,94 @@
 
 use hvd_torch::autograd::differentiate;
 use hvd_torch::parallel_for;
-use tch::{Kind, Tensor};
+use lm_kernels::Mask;
+use tch::{Device, Kind, Tensor};
 
 use super::is_served;
 use super::span::{Matrix, Span};
+use crate::model::{Dropout, causal_mask};
 use crate::{Error, Result};
+
+/// Who may look at whom.
+#[derive(Debug)]
+pub(in crate::model) enum Attend {
+    /// Each position sees itself and those before it; nothing is cached.
+    Causal,
+    /// Every position sees all: a single new token and its past.
+    All,
+    /// True where a query (row) may see a key (column); broadcasts to (B, H, T, S).
+    Masked(Tensor),
+}
 
 /// Queries whose scores are computed at a time.
 const BLOCK: usize = 64;
 
 /// Attention of `heads` heads in which each position sees itself and those before it: of the queries, keys and values beside each
-/// other, (B, T, 3·D), the values that each position gathers, (B, T, D).
+/// other, (B, T, 3·D), the values that each position gathers, (B, T, D). Dropout is of the weights, (B, H, T, T).
 ///
 /// # Errors
 /// If the shape is another; if torch fails.
-pub fn causal_attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
+pub fn causal_attention(qkv: &Tensor, heads: usize, dropout: &Dropout) -> Result<Tensor> {
     let shape = Shape::of(qkv, heads)?;
     if !is_served(qkv) {
-        return torch_attention(qkv, &shape);
+        return split_attention(qkv, &shape, dropout);
     }
+    let masks = dropout.masks_of(shape.b)?;
     let qkv_values = qkv.detach();
     let (b, t, d, h) = (shape.b as i64, shape.t as i64, shape.d as i64, heads as i64);
     let out = Tensor::f_empty([b, t, d], (Kind::Float, qkv.device()))?;
     let log_sums = Tensor::f_empty([b, h, t], (Kind::Float, qkv.device()))?;
-    shape.forward(&qkv_values, &out, &log_sums)?;
+    shape.forward(&qkv_values, &out, &log_sums, masks.as_deref())?;
     // What backward keeps must not hold the result's node, which holds it.
     let out_values = out.detach();
     let out = [out];
-    let backward = move |grads: &[Tensor]| Ok(vec![shape.backward(&qkv_values, &out_values, &log_sums, &grads[0])?]);
-    differentiate(&[qkv], &out, backward)?;
+    differentiate(&[qkv], &out, move |grads| {
+        let saved = [&qkv_values, &out_values, &log_sums];
+        Ok(vec![shape.backward(saved, &grads[0], masks.as_deref())?])
+    })?;
     let [out] = out;
     Ok(out)
 }
 
-/// The same with torch's function.
-fn torch_attention(qkv: &Tensor, shape: &Shape) -> Result<Tensor> {
+/// The same where this file's loops do not apply. 16 bits with dropout on the CPU do without torch's function, which would keep the weights.
+fn split_attention(qkv: &Tensor, shape: &Shape, dropout: &Dropout) -> Result<Tensor> {
     let Shape { b, t, d, heads, .. } = *shape;
+    let narrow = matches!(qkv.kind(), Kind::BFloat16 | Kind::Half);
+    if narrow && qkv.device() == Device::Cpu && !dropout.is_off() {
+        let wide = qkv.f_contiguous()?.f_to_kind(Kind::Float)?;
+        return Ok(causal_attention(&wide, heads, dropout)?.f_to_kind(qkv.kind())?);
+    }
     let size = [b as i64, t as i64, heads as i64, (d / heads) as i64];
     let parts = qkv.f_split(d as i64, 2)?;
     let part = |at: usize| parts[at].f_reshape(size)?.f_transpose(1, 2); // (B, H, T, hs)
-    let y = Tensor::f_scaled_dot_product_attention::<Tensor>(
-        &part(0)?,
-        &part(1)?,
-        &part(2)?,
-        None,
-        0.0,
-        true,
-        None,
-        false,
-    )?;
+    let y = attention([&part(0)?, &part(1)?, &part(2)?], &Attend::Causal, dropout)?;
     Ok(y.f_transpose(1, 2)?.f_reshape([b as i64, t as i64, d as i64])?)
+}
+
+/// What queries (B, H, T, hs) gather from keys and values (B, H, S, hs), by torch's functions.
+pub(in crate::model) fn attention([q, k, v]: [&Tensor; 3], attend: &Attend, dropout: &Dropout) -> Result<Tensor> {
+    if !dropout.is_off() && q.device() == Device::Cpu {
+        return dropping_attention([q, k, v], attend, dropout);
+    }
+    let (mask, causal) = match attend {
+        Attend::Causal => (None, true),
+        Attend::All => (None, false),
+        Attend::Masked(mask) => (Some(mask), false),
+    };
+    Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, dropout.of_torch(), causal, None, false)?)
+}
+
+/// [`attention`] with our own masks of the weights.
+fn dropping_attention([q, k, v]: [&Tensor; 3], attend: &Attend, dropout: &Dropout) -> Result<Tensor> {
+    let scores = (q / (q.size()[3] as f64).sqrt()).f_matmul(&k.f_transpose(2, 3)?)?; // (B, H, T, S)
+    let hide = |visible: &Tensor| scores.f_masked_fill(&visible.f_logical_not()?, f64::NEG_INFINITY);
+    let scores = match attend {
+        Attend::Causal => hide(&causal_mask(q.size()[2], k.size()[2], q.device()))?,
+        Attend::All => scores,
+        Attend::Masked(visible) => hide(visible)?,
+    };
+    let weights = scores.f_softmax(-1, None)?;
+    Ok(dropout.apply(weights)?.f_matmul(v)?)
 }
 
 #[derive(Clone, Copy)]
@@ -117,7 +155,13 @@ impl Shape {
         out.matrix(head.out + from * self.d, to - from, self.width(), self.d)
     }
 
-    fn forward(&self, qkv: &Tensor, out: &Tensor, log_sums: &Tensor) -> hvd_torch::Result<()> {
+    /// The mask of a block of weights, whose first row is that of this query.
+    fn mask(&self, masks: Option<&[Mask]>, head: &Head, query: usize) -> Option<Mask> {
+        let rows = self.heads * self.t;
+        masks.map(|masks| masks[head.row / rows].from_row(head.row % rows + query))
+    }
+
+    fn forward(&self, qkv: &Tensor, out: &Tensor, log_sums: &Tensor, masks: Option<&[Mask]>) -> hvd_torch::Result<()> {
         let (qkv, out, log_sums) = (Span::of(qkv), Span::of(out), Span::of(log_sums));
         parallel_for(self.b * self.heads, 1, &|range| {
             let mut scores = vec![0.0; BLOCK.min(self.t) * self.t];
@@ -133,6 +177,9 @@ impl Shape {
                         weights.product(self.scale(), q, k.t(), 0.0);
                         let sums = log_sums.write(head.row + from..head.row + to);
                         lm_kernels::causal_softmax(block, to, from, sums);
+                        if let Some(mask) = self.mask(masks, &head, from) {
+                            lm_kernels::drop_weights(block, to, from, mask);
+                        }
                         let weights = Matrix::of(block, to);
                         self.result(&out, &head, from, to).product(1.0, weights, self.part(&qkv, &head, 2, 0, to), 0.0);
                     }
@@ -141,7 +188,13 @@ impl Shape {
         })
     }
 
-    fn backward(&self, qkv: &Tensor, out: &Tensor, log_sums: &Tensor, grad: &Tensor) -> hvd_torch::Result<Tensor> {
+    /// The gradient of the queries, keys and values; `saved` are these, the results and the sums.
+    fn backward(
+        &self,
+        [qkv, out, log_sums]: [&Tensor; 3],
+        grad: &Tensor,
+        masks: Option<&[Mask]>,
+    ) -> hvd_torch::Result<Tensor> {
         let grad = grad.f_contiguous()?;
         let result = qkv.f_empty_like()?;
         let dots = self.dots(out, &grad)?; // (B, H, T)
@@ -165,7 +218,6 @@ impl Shape {
                         let rows = head.row + from..head.row + to;
                         Matrix::of(block, to).product(self.scale(), q, k.t(), 0.0);
                         lm_kernels::causal_weights(block, to, from, log_sums.read(rows.clone()));
-                        grad_of(2, 0).product(1.0, Matrix::of(block, to).t(), outside, kept);
                         Matrix::of(block_grads, to).product(1.0, outside, v.t(), 0.0);
                         lm_kernels::causal_softmax_backward(
                             block,
@@ -174,7 +226,9 @@ impl Shape {
                             from,
                             dots.read(rows),
                             self.scale(),
+                            self.mask(masks, &head, from),
                         );
+                        grad_of(2, 0).product(1.0, Matrix::of(block, to).t(), outside, kept);
                         let scores = Matrix::of(block_grads, to);
                         grad_of(0, from).product(1.0, scores, k, 0.0);
                         grad_of(1, 0).product(1.0, scores.t(), q, kept);

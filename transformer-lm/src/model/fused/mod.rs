@@ -16,6 +16,7 @@ pub use head::{HeadLoss, HeadOptions, linear_cross_entropy};
 pub use linear::{Dense, add_linear, embedding, linear};
 pub use norm::{LayerNormOptions, add_linear_norm, layer_norm};
 
+pub(super) use attention::{Attend, attention};
 pub(super) use span::Span;
 
 use hvd_torch::Autocast;
