@@ -13,6 +13,7 @@ use hvd_core::transport::thread::ThreadTransport;
 use hvd_core::{Compression, DType, Error, Memory, ReduceOp};
 use proptest::prelude::*;
 use shm_support::{Member, form, in_group};
+use support::skipped::skipped;
 use support::watched;
 
 const OPS: [ReduceOp; 5] = [ReduceOp::Sum, ReduceOp::Average, ReduceOp::Min, ReduceOp::Max, ReduceOp::Product];
@@ -333,7 +334,7 @@ fn a_rank_in_another_namespace_is_on_another_host() {
             (apart, group.is_some())
         });
         if !results[1].0 {
-            return eprintln!("skipped: no right to make a network namespace");
+            return skipped("no right to make a network namespace");
         }
         assert!(results.iter().all(|(_, shared)| !shared));
     });

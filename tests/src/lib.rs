@@ -7,21 +7,14 @@ pub mod conformance;
 mod hosts;
 mod job;
 mod launcher;
+mod skipped;
 
 pub use hosts::{Cut, Hosts, run};
 pub use job::{Finished, Job, Running};
 pub use launcher::{Launcher, binary, mpi_plugin};
+pub use skipped::skipped;
 
-use std::io::Write;
 use std::sync::OnceLock;
-
-/// Says that the running test leaves something out, and why. Straight to stderr, as `cargo test` keeps to itself what a test that
-/// passes prints; `scripts/test.sh` repeats it at its end.
-pub fn skipped(reason: &str) {
-    let test = std::thread::current();
-    let line = format!("skipped: {}: {reason}\n", test.name().unwrap_or("a thread of a test"));
-    std::io::stderr().write_all(line.as_bytes()).expect("stderr");
-}
 
 /// A seed for a test's random choices: from `HVD_TEST_SEED`, else of the moment. Printed, so that a failure can be
 /// repeated.

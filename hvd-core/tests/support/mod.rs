@@ -1,6 +1,9 @@
 //! What the tests of the transports share: worlds on threads, waiting by polling, a watchdog.
 #![allow(dead_code)] // Each test binary uses a part.
 
+#[path = "../../../tests/src/skipped.rs"]
+pub mod skipped;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
@@ -18,11 +21,13 @@ pub type Rank = Box<dyn Transport>;
 /// Runs `test` on another thread and panics if it neither ends nor fails in time.
 pub fn watched(test: impl FnOnce() + Send + 'static) {
     let (done, ended) = mpsc::channel();
-    let thread = std::thread::spawn(move || {
+    let body = move || {
         let result = catch_unwind(AssertUnwindSafe(test));
         let _ = done.send(());
         result
-    });
+    };
+    let name = std::thread::current().name().unwrap_or("a test").to_string();
+    let thread = std::thread::Builder::new().name(name).spawn(body).expect("a thread");
     ended.recv_timeout(PATIENCE).expect("the test hangs");
     if let Err(panic) = thread.join().expect("the panic was caught") {
         std::panic::resume_unwind(panic);

@@ -4,6 +4,8 @@
 
 pub mod python;
 pub mod reference;
+#[path = "../../../tests/src/skipped.rs"]
+mod skipped;
 
 use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};

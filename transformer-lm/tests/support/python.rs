@@ -1,9 +1,10 @@
 //! Programs of `tests/pytorch`, which a Python with torch and transformers runs.
 
 use std::ffi::OsStr;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use super::skipped::skipped;
 
 /// Names that Python; `scripts/test.sh --full` makes one.
 const PYTHON: &str = "HVD_TEST_PYTHON";
@@ -11,8 +12,7 @@ const PYTHON: &str = "HVD_TEST_PYTHON";
 /// Set where nothing may be skipped for want of that Python: by `scripts/test.sh --full`.
 const FULL: &str = "HVD_TEST_FULL";
 
-/// That Python; where there is none, says that the test is skipped: straight to stderr, as `cargo test` keeps to itself what a test
-/// that passes prints.
+/// That Python; where there is none, says that the test is skipped.
 ///
 /// # Panics
 /// Where there is none in a full run.
@@ -20,11 +20,9 @@ pub fn python() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let python = set(PYTHON).map(PathBuf::from);
     if python.is_none() {
-        let test = std::thread::current();
         let reason = format!("{PYTHON} names no Python with torch and transformers; scripts/test.sh --full makes one");
         assert!(set(FULL).is_none(), "{reason}");
-        let line = format!("skipped: {}: {reason}\n", test.name().unwrap_or("a test"));
-        std::io::stderr().write_all(line.as_bytes()).expect("stderr");
+        skipped(&reason);
     }
     python
 }

@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use transformer_lm::checkpoint::verify;
 
 use super::lab::{Lab, RUN, run};
+use super::skipped::skipped;
 
 /// A file system of its own in memory; goes with the value.
 struct Disk(TempDir);
@@ -18,7 +19,7 @@ impl Disk {
         let folder = tempfile::tempdir().unwrap();
         let mounted = mount(&["-t", "tmpfs", "-o", &format!("size={size}"), "none"], folder.path());
         if !mounted {
-            eprintln!("skipped: only root may mount a file system");
+            skipped("only root may mount a file system");
         }
         mounted.then(|| Disk(folder))
     }

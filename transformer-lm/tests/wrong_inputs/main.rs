@@ -7,4 +7,6 @@ mod configurations;
 mod data;
 mod full_disk;
 mod lab;
+#[path = "../../../tests/src/skipped.rs"]
+mod skipped;
 mod standard_output;
