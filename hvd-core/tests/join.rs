@@ -52,6 +52,16 @@ proptest! {
                 world.allreduce("half", &mut data, Allreduce::average().compression(Compression::Fp16))?;
                 data.iter().for_each(|x| assert!((x - 60_000.0).abs() < 64.0, "{x}"));
 
+                // Row 0 of all but rank 0, which has none, and a row of its own of each.
+                let rows: &[i64] = if rank == 0 { &[] } else { &[0, rank as i64] };
+                let found = world.sparse_allreduce("rows", rows, &vec![6.0f32; rows.len()], 1, ReduceOp::Average)?;
+                let others: Vec<_> = left.iter().copied().filter(|&rank| rank != 0).collect();
+                let indices = others.first().map(|_| 0).into_iter().chain(others.iter().map(|&rank| rank as i64));
+                assert_eq!(found.0, indices.collect::<Vec<_>>());
+                let sums = others.first().map(|_| others.len()).into_iter().chain(others.iter().map(|_| 1));
+                let means = sums.map(|ranks| 6.0 * ranks as f64 / count);
+                found.1.iter().zip(means).for_each(|(&x, y)| assert!((f64::from(x) - y).abs() < 1e-5, "{x} {y}"));
+
                 let gathered = world.allgather("gather", &tensor(rank, rank + 1))?;
                 assert_eq!(gathered, left.iter().flat_map(|&rank| tensor(rank, rank + 1)).collect::<Vec<_>>());
 

@@ -146,6 +146,22 @@ fn sparse_tensors_are_summed_where_they_have_entries() {
 }
 
 #[test]
+fn a_sparse_average_is_over_the_ranks_that_have_not_joined() {
+    watched(|| {
+        ranks(3, |world| {
+            if world.rank() != 2 {
+                let whole = Tensor::from_slice(&[0.0, 6.0 * world.rank() as f64]);
+                // Rank 0 has no entry, and counts all the same.
+                let sparse = whole.to_sparse_sparse_dim(1);
+                let average = ops::sparse_allreduce(&world, &sparse, "table", ReduceOp::Average).unwrap();
+                assert_eq!(values(&average.to_dense(None, false)), [0.0, 3.0]);
+            }
+            world.join().unwrap();
+        });
+    });
+}
+
+#[test]
 fn new_tensors_and_handles_of_every_kind() {
     watched(|| {
         ranks(2, |world| {

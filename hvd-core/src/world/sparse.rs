@@ -17,7 +17,6 @@ pub struct SparseHandle<T> {
     handle: GroupHandle,
     width: usize,
     op: ReduceOp,
-    ranks: usize,
     elements: PhantomData<T>,
 }
 
@@ -32,10 +31,10 @@ impl<T: Element> SparseHandle<T> {
     /// # Errors
     /// As [`crate::Handle::wait`].
     pub fn wait(self) -> Result<(Vec<i64>, Vec<T>)> {
-        let [indices, values] = two(self.handle.wait()?)?;
+        let [indices, values, ranks] = three(self.handle.wait()?)?;
         // SAFETY: the operations are done.
         let (indices, values) = unsafe { (indices.into_vec::<i64>(), values.into_vec::<T>()) };
-        Ok(sum_rows(&indices, values, self.width, self.op, self.ranks))
+        Ok(sum_rows(&indices, values, self.width, self.op, ranks.len()))
     }
 }
 
@@ -43,9 +42,9 @@ impl ProcessSet {
     /// Sums or averages rows that each rank has of a large tensor: all ranks get the combined rows, by ascending index.
     ///
     /// `values` holds one row of `width` elements for each of `indices`; an index may come more than once, and indices and
-    /// their number may differ from rank to rank. An average is over all ranks of the set, those without the row included.
-    /// Indices and values travel as one group of two allgathers, so every rank receives what all ranks have; rows are
-    /// summed in the order of ranks: all ranks get the same bits.
+    /// their number may differ from rank to rank. An average is over all ranks of the set, those without the row included;
+    /// not over those that have joined. Indices and values travel as one group of allgathers, so every rank receives what all
+    /// ranks have; rows are summed in the order of ranks: all ranks get the same bits.
     ///
     /// # Errors
     /// [`Error::Invalid`] where lengths do not fit or the operation is neither Sum nor Average, else as
@@ -79,8 +78,10 @@ impl ProcessSet {
             ..owned(format!("{name}.values"), values.to_vec(), OpKind::Allgather)
         };
         let indices = owned(format!("{name}.indices"), indices.to_vec(), OpKind::Allgather);
-        let handle = self.submit_group(name, vec![indices, values])?;
-        Ok(SparseHandle { handle, width, op, ranks: self.size(), elements: PhantomData })
+        // A byte of each rank that has not joined: a rank without rows counts, too.
+        let ranks = owned(format!("{name}.ranks"), vec![0u8], OpKind::Allgather);
+        let handle = self.submit_group(name, vec![indices, values, ranks])?;
+        Ok(SparseHandle { handle, width, op, elements: PhantomData })
     }
 }
 
@@ -94,9 +95,9 @@ fn check<T: Element>(indices: &[i64], values: &[T], width: usize, op: ReduceOp) 
     Ok(())
 }
 
-fn two(completions: Vec<crate::engine::submission::Completion>) -> Result<[Memory; 2]> {
+fn three(completions: Vec<crate::engine::submission::Completion>) -> Result<[Memory; 3]> {
     let outputs: Vec<_> = completions.into_iter().map(|completion| completion.output).collect();
-    outputs.try_into().map_err(|_| Error::Invalid("a group of two gave another number of results".into()))
+    outputs.try_into().map_err(|_| Error::Invalid("a group of three gave another number of results".into()))
 }
 
 /// Adds up the rows of each index, in the order in which they come.

@@ -173,8 +173,6 @@ impl<O: Optimizer> Builder<O> {
     /// has. A rank that did not use the parameter sends none. Gradients of parameters that are not declared are dense, also
     /// where backward makes sparse ones.
     ///
-    /// An average divides by the number of all ranks, also where some have joined and the dense ones divide by that of the others.
-    ///
     /// It pays where a batch touches few rows, as each rank receives the rows of all. The optimizer must take sparse gradients
     /// ([`Optimizer::takes_sparse`]), as tch's SGD does without weight decay.
     pub fn sparse<S: Into<String>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
