@@ -424,11 +424,16 @@ fn the_record_holds_every_figure_and_a_sample() {
     for row in of("val") {
         // Of bytes each is one: bits are nats over ln 2.
         let bits = row["loss"].as_f64().unwrap() / std::f64::consts::LN_2;
-        assert!((row["bits_per_byte"].as_f64().unwrap() - bits).abs() < 1e-9 && row["tokens"] == 175.0, "{row}");
+        assert!((row["bits_per_byte"].as_f64().unwrap() - bits).abs() < 1e-9 && row["tokens"] == 175, "{row}");
     }
     assert_eq!(of("sample").len(), of("val").len());
     assert!(of("sample").iter().all(|line| !line["text"].as_str().unwrap().is_empty()));
     assert_eq!(rows(&run).len() - 1, of("train").len() + of("val").len());
+    let starts = std::fs::read_to_string(run.join("run_metadata.json")).unwrap();
+    let starts: serde_json::Value = serde_json::from_str(&starts).unwrap();
+    let time = starts[0]["time"].as_str().unwrap();
+    assert!(time.len() == "2026-11-22T05:06:07+00:00".len(), "RFC 3339: {time}");
+    time.parse::<jiff::Timestamp>().unwrap();
 }
 
 /// The figures that `lm evaluate --json` prints.

@@ -124,7 +124,7 @@ fn loader_of(
 fn as_json(sums: &Sums, checkpoint: &std::path::Path) -> String {
     json!({
         "loss": sums.mean_loss(), "perplexity": sums.perplexity(), "accuracy": sums.accuracy(),
-        "bits_per_byte": sums.bits_per_byte(), "tokens": sums.tokens, "bytes": sums.bytes, "checkpoint": checkpoint
+        "bits_per_byte": sums.bits_per_byte(), "tokens": sums.tokens as u64, "bytes": sums.bytes as u64, "checkpoint": checkpoint
     })
     .to_string()
 }

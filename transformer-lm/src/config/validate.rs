@@ -101,7 +101,7 @@ pub(super) fn check(config: &Config, source_of: impl Fn(&str) -> String) -> Resu
 fn out_of_range(config: &Config) -> Option<&'static str> {
     let (model, training, generation, paths) = (&config.model, &config.training, &config.generation, &config.paths);
     let vocab = match model.vocab_size {
-        VocabSize::Auto => usize::MAX,
+        VocabSize::Auto => i32::MAX as usize, // the largest that a model may have
         VocabSize::Fixed(size) => size,
     };
     let positive = |x: f64| x.is_finite() && x > 0.0;

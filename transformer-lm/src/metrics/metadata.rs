@@ -13,7 +13,7 @@ const SCHEDULERS: &[&str] = &["SLURM_", "PBS_", "LSB_", "SGE_", "OMPI_COMM_", "P
 /// One start of a run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RunMetadata {
-    /// When, with the time zone.
+    /// When, in local time with its offset, as RFC 3339 writes it.
     pub time: String,
     /// The host of rank 0.
     pub host: String,
@@ -51,7 +51,7 @@ impl RunMetadata {
         let version = |name: &str, version: &str| (name.to_string(), version.to_string());
         let is_scheduler = |(name, _): &(String, String)| SCHEDULERS.iter().any(|prefix| name.starts_with(prefix));
         RunMetadata {
-            time: jiff::Zoned::now().to_string(),
+            time: jiff::Zoned::now().strftime("%Y-%m-%dT%H:%M:%S%:z").to_string(),
             host: host(),
             command: std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect(),
             git_commit: git_commit(),

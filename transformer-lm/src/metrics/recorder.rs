@@ -84,7 +84,7 @@ fn details(more: &Figures) -> String {
     let percent = |share: f64| format!("{:.1} %", 100.0 * share);
     let parts = [
         more.bits_per_byte.map(|bits| format!("{bits:.4} bits per byte")),
-        more.tokens.map(|tokens| format!("{} tokens", thousands(tokens))),
+        more.tokens.map(|tokens| format!("{} tokens", thousands(tokens as f64))),
         more.grad_norm.map(|norm| format!("gradient norm {norm:.3}")),
         more.step_ms.map(|ms| format!("{ms:.1} ms")),
         more.mfu.map(|mfu| format!("MFU {}", percent(mfu))),

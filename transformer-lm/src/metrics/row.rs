@@ -56,7 +56,7 @@ pub struct Row {
 pub struct Figures {
     /// Tokens that the loss is the mean of.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub tokens: Option<f64>,
+    pub tokens: Option<u64>,
     /// Bits that the model needs for a byte of the text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,
@@ -84,7 +84,7 @@ impl Figures {
     /// Those that were measured, by the names that `metrics.jsonl` and TensorBoard give them.
     pub fn named(&self) -> Vec<(&'static str, f64)> {
         let pairs = [
-            ("tokens", self.tokens),
+            ("tokens", self.tokens.map(|count| count as f64)),
             ("bits_per_byte", self.bits_per_byte),
             ("grad_norm", self.grad_norm),
             ("step_ms", self.step_ms),

@@ -112,7 +112,7 @@ impl Journal {
     /// Records a validation.
     pub fn validated(&mut self, place: Place, sums: &Sums, lr: f64, seconds: f64) {
         let more = Figures {
-            tokens: Some(sums.tokens),
+            tokens: Some(sums.tokens as u64),
             bits_per_byte: (sums.bytes > 0.0).then(|| sums.bits_per_byte()),
             ..Figures::default()
         };

@@ -12,6 +12,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("model.n_layers=2000000000", "the model's weights alone need"),
     ("model.d_model=2000000000", "the model's weights alone need"),
     ("model.d_ff=99999999999", "model.d_ff = 99999999999: expected 1 to 2147483647"),
+    ("model.pad_token_id=4000000000", "model.pad_token_id = 4000000000: expected a token id"),
     ("model.dropout=1", "model.dropout = 1.0: expected a number of at least 0 and less than 1"),
     ("model.dropout=.nan", "model.dropout = .nan: expected a number of at least 0 and less than 1"),
     ("model.max_seq_len=1", "model.max_seq_len = 1: expected a whole number of at least 2"),
