@@ -125,12 +125,13 @@ impl Fault {
             _ if self.phase == SHUTDOWN => std::fs::write(&go, "").expect("a file"),
             Kind::Kill => running.kill(self.victim),
             Kind::Stop => running.signal(self.victim, Signal::STOP),
-            Kind::Cut(how) => hosts.expect("hosts").cut(self.victim, how),
+            Kind::Cut(how) => hosts.as_ref().expect("hosts").cut(self.victim, how),
         }
         running.wait_for_ends((0..self.ranks).filter(|&rank| rank != self.victim));
         let took = struck.elapsed();
         running.signal(self.victim, Signal::CONT);
         let finished = running.wait();
+        drop(hosts); // Their network has to last until here.
         let silence = if self.kind == Kind::Kill { Duration::ZERO } else { PEER_TIMEOUT };
         let start = if self.phase == "start" { START_TIMEOUT } else { Duration::ZERO };
         assert!(took < LIMIT + silence + start, "it took {took:?}");
