@@ -103,7 +103,7 @@ cargo_tests() {
     passed=$(awk '/^test result:/ { n += $4 } END { print n + 0 }' "$LOG")
     failed=$(awk '/^test result:/ { n += $6 } END { print n + 0 }' "$LOG")
     # These count as passed, having found nothing wrong.
-    mapfile -t SKIPPED < <(grep -oE 'skipped: [a-z0-9_ ]+: .*' "$LOG" | sort -u)
+    mapfile -t SKIPPED < <(grep -oE 'skipped: [a-z0-9_: ]+: .*' "$LOG" | sort -u)
     # A test program that crashed has no result line.
     [ $code -eq 0 ] || [ "$failed" -gt 0 ] || failed=1
     PASSED=$((PASSED + passed))

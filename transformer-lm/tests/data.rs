@@ -155,6 +155,19 @@ fn several_shards_read_as_one() {
             assert_eq!(data.train.block(seq_len, block).unwrap(), single.train.block(seq_len, block).unwrap());
         }
     }
+    let shard = |index: usize| options.output.join(format!("train-{index:05}-of-00005.bin"));
+    for (a, b) in [(0, 1), (1, 3), (2, 4)] {
+        let exchange = || {
+            std::fs::rename(shard(a), shard(9)).unwrap();
+            std::fs::rename(shard(b), shard(a)).unwrap();
+            std::fs::rename(shard(9), shard(b)).unwrap();
+        };
+        exchange();
+        let error = verify(&options.output).unwrap_err().to_string();
+        assert!(error.contains("shards were exchanged"), "{a} {b}: {error}");
+        exchange();
+        verify(&options.output).unwrap();
+    }
     std::fs::remove_file(options.output.join("train-00003-of-00005.bin")).unwrap();
     let error = load_preprocessed_data(&options.output).unwrap_err().to_string();
     assert!(error.contains("train-00003-of-00005.bin"), "{error}");

@@ -9,7 +9,7 @@
 //! | 24..32 | number of tokens |
 //! | 32..40 | CRC-32 of the tokens' bytes |
 //! | 40..56 | the tokenizer's name, filled with zeros |
-//! | 56..60 | zeros |
+//! | 56..60 | CRC-32 of the tokens' bytes of the shard before it in its part; zeros in the first (and where an earlier program wrote it) |
 //! | 60..64 | CRC-32 of bytes 0..60 |
 //! | 64.. | the tokens |
 //!
@@ -38,6 +38,8 @@ pub struct Header {
     pub checksum: u32,
     /// The tokenizer's name.
     pub tokenizer: String,
+    /// The checksum of the shard before it in its part; 0 in the first, and where nobody noted it.
+    pub before: u32,
 }
 
 impl Header {
@@ -52,6 +54,7 @@ impl Header {
         bytes[32..40].copy_from_slice(&u64::from(self.checksum).to_le_bytes());
         let name = &self.tokenizer.as_bytes()[..self.tokenizer.len().min(NAME_BYTES)];
         bytes[40..40 + name.len()].copy_from_slice(name);
+        bytes[56..60].copy_from_slice(&self.before.to_le_bytes());
         let checksum = crc32fast::hash(&bytes[..60]);
         bytes[60..].copy_from_slice(&checksum.to_le_bytes());
         bytes
@@ -97,7 +100,8 @@ impl Header {
         let name = &bytes[40..40 + NAME_BYTES];
         let end = name.iter().position(|&byte| byte == 0).unwrap_or(NAME_BYTES);
         let tokenizer = std::str::from_utf8(&name[..end]).map_err(|_| "the tokenizer's name is no text")?.to_owned();
-        Ok(Self { token_bytes, vocab_size: vocab_size as usize, tokens: u64_at(bytes, 24), checksum, tokenizer })
+        let (tokens, before) = (u64_at(bytes, 24), u32_at(bytes, 56));
+        Ok(Self { token_bytes, vocab_size: vocab_size as usize, tokens, checksum, tokenizer, before })
     }
 
     /// Whether the tokens of a file with this header are those that were written.
@@ -155,8 +159,8 @@ mod tests {
     fn shard(tokens: &[u32], vocab_size: usize, token_bytes: usize) -> (Header, Vec<u8>) {
         let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()[..token_bytes].to_vec()).collect();
         let checksum = crc32fast::hash(&bytes);
-        let header =
-            Header { token_bytes, vocab_size, tokens: tokens.len() as u64, checksum, tokenizer: "byte".to_string() };
+        let (tokens, tokenizer) = (tokens.len() as u64, "byte".to_string());
+        let header = Header { token_bytes, vocab_size, tokens, checksum, tokenizer, before: 77 };
         let file = [&header.encode()[..], &bytes].concat();
         (header, file)
     }

@@ -30,7 +30,7 @@ impl TokenDataset {
     /// Opens the shards of a part ([`TRAIN`], [`VAL`]) of a data folder.
     ///
     /// # Errors
-    /// A shard that is missing, or as [`Shard::open`]; shards of different tokenizers.
+    /// A shard that is missing, or as [`Shard::open`]; shards of different tokenizers, or in another order than they were made in.
     pub fn open(folder: &Path, part: &str) -> Result<Self> {
         let count = shard_count(folder, part)?;
         let open = |index| Shard::open(&folder.join(shard_name(part, index, count)));
@@ -39,6 +39,7 @@ impl TokenDataset {
         if let Some(other) = shards.iter().find(|shard| kind(shard) != kind(&shards[0])) {
             return Err(Error::data(other.path(), "made with another tokenizer than the part's first shard"));
         }
+        check_order(&shards)?;
         Ok(Self { shards: shards.into() })
     }
 
@@ -171,6 +172,18 @@ pub fn load_preprocessed_data(data_dir: impl AsRef<Path>) -> Result<PreparedData
 pub(crate) fn preparation(folder: &Path, tokenizer: Option<&str>) -> String {
     let tokenizer = tokenizer.unwrap_or("byte|char|gpt2|bpe");
     format!("lm prepare --input FILE… --tokenizer {tokenizer} --output {}", folder.display())
+}
+
+/// Refuses shards of which one was made to follow another than the one before it; older ones do not tell.
+fn check_order(shards: &[Shard]) -> Result<()> {
+    let checksums = shards.iter().map(|shard| shard.header().checksum);
+    for (shard, before) in shards.iter().zip(std::iter::once(0).chain(checksums)) {
+        if ![0, before].contains(&shard.header().before) {
+            let text = "was not made to stand here: shards were exchanged or renamed; run `lm prepare` again";
+            return Err(Error::data(shard.path(), text));
+        }
+    }
+    Ok(())
 }
 
 /// Of how many shards a part is made, by the name of any of them; one where there is none.

@@ -196,7 +196,7 @@ impl Input {
 
     /// Writes all tokens into one shard; the number of documents and the checksum of their text.
     fn encode(&self, tokenizer: &Tokenizer, threads: usize, shard: &Path) -> Result<(u64, u32)> {
-        let mut writer = ShardWriter::create(shard, tokenizer)?;
+        let mut writer = ShardWriter::create(shard, tokenizer, 0)?;
         let (mut documents, mut checksum, mut owes_break) = (0, crc32fast::Hasher::new(), false);
         let (files, reader) = (self.files.clone(), self.reader.clone());
         for encoded in encode(files, reader, tokenizer.clone(), threads, self.pass("tokens")) {
@@ -230,23 +230,24 @@ fn split(all: &Path, folder: &Path, tokenizer: &Tokenizer, options: &PrepareOpti
     }
     for (part, range) in [(TRAIN, 0..train), (VAL, train..tokens)] {
         let count = (range.end - range.start).div_ceil(options.shard_tokens) as usize;
+        let mut before = 0;
         for (index, start) in
             range.clone().step_by(usize::try_from(options.shard_tokens).unwrap_or(usize::MAX)).enumerate()
         {
             let shard = start..range.end.min(start.saturating_add(options.shard_tokens));
-            copy(&all, shard, &folder.join(shard_name(part, index, count)), tokenizer)?;
+            let target = folder.join(shard_name(part, index, count));
+            before = copy(&all, shard, ShardWriter::create(&target, tokenizer, before)?)?;
         }
     }
     Ok((train, val))
 }
 
-fn copy(source: &Shard, range: Range<u64>, target: &Path, tokenizer: &Tokenizer) -> Result<()> {
-    let mut writer = ShardWriter::create(target, tokenizer)?;
+/// Copies some tokens; their checksum.
+fn copy(source: &Shard, range: Range<u64>, mut writer: ShardWriter) -> Result<u32> {
     for start in range.clone().step_by(COPIED_TOKENS) {
         let mut tokens = Vec::with_capacity(COPIED_TOKENS);
         source.read(start, (range.end - start).min(COPIED_TOKENS as u64) as usize, &mut tokens)?;
         writer.write(&tokens.into_iter().map(|token| token as u32).collect::<Vec<_>>())?;
     }
-    writer.finish()?;
-    Ok(())
+    writer.finish()
 }

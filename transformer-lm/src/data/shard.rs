@@ -79,12 +79,12 @@ pub struct ShardWriter {
 }
 
 impl ShardWriter {
-    /// Starts a file; it must not exist.
-    pub fn create(path: &Path, tokenizer: &Tokenizer) -> Result<Self> {
+    /// Starts a file, which must not exist. `before` is the checksum of the shard before it in its part, 0 for the first.
+    pub fn create(path: &Path, tokenizer: &Tokenizer, before: u32) -> Result<Self> {
         let vocab_size = tokenizer.vocab_size();
         let token_bytes = if vocab_size <= 1 << 16 { 2 } else { 4 };
         let tokenizer = tokenizer.name().to_owned();
-        let header = Header { token_bytes, vocab_size, tokens: 0, checksum: 0, tokenizer };
+        let header = Header { token_bytes, vocab_size, tokens: 0, checksum: 0, tokenizer, before };
         let mut file = BufWriter::new(File::create_new(path).map_err(Error::io("create", path))?);
         file.write_all(&[0; HEADER_BYTES]).map_err(Error::io("write", path))?;
         Ok(Self { path: path.into(), file, header, checksum: crc32fast::Hasher::new() })
@@ -101,13 +101,13 @@ impl ShardWriter {
         self.file.write_all(&bytes).map_err(Error::io("write", &self.path))
     }
 
-    /// Writes the header and makes all durable; gives the number of tokens.
-    pub fn finish(mut self) -> Result<u64> {
+    /// Writes the header and makes all durable; gives the checksum of the tokens.
+    pub fn finish(mut self) -> Result<u32> {
         self.header.checksum = self.checksum.finalize();
         let header = self.header.encode();
         let file = &mut self.file;
         let written = file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&header)).and_then(|()| file.flush());
         written.and_then(|()| self.file.get_ref().sync_all()).map_err(Error::io("write", &self.path))?;
-        Ok(self.header.tokens)
+        Ok(self.header.checksum)
     }
 }
