@@ -184,13 +184,13 @@ fn a_goodbye_that_reaches_some_ranks_only() {
 #[test]
 fn who_waits_for_a_silent_rank_is_not_blamed_for_its_missing_goodbye() {
     watched(|| {
-        let wire = Wire::default();
-        let ranks = world(4, &wire, &options(TIMEOUT));
+        let (wire, timeout) = (Wire::default(), 2 * TIMEOUT); // There is half of it to spare.
+        let ranks = world(4, &wire, &options(timeout));
         let ends = on_each(ranks, |mut rank| match rank.rank() {
             1 => until(&mut *rank, |rank| Ok(rank.close()?.then_some(()))).expect_err("nobody else says goodbye"),
             3 => {
                 // Rank 1 has begun to wait by now, and heartbeats have come since. If it has not, the test shows less.
-                std::thread::sleep(TIMEOUT / 3);
+                std::thread::sleep(timeout / 3);
                 wire.cut.store(true, Ordering::Release);
                 failure(&mut *rank)
             }
