@@ -247,6 +247,20 @@ fn settings_and_the_environment_reach_the_ranks_but_not_another_jobs_meeting_poi
 }
 
 #[test]
+fn ranks_of_one_host_share_its_cores_unless_told_otherwise() {
+    let threads = |job: Job| words_after(&job.run().assert_success().stdout, "threads=");
+    let script = r#"echo "threads=$OMP_NUM_THREADS" "#;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = |ranks: usize| std::env::var("OMP_NUM_THREADS").unwrap_or_else(|_| (cores / ranks).max(1).to_string());
+    for ranks in [2, 3] {
+        assert_eq!(threads(shells(ranks, script)), vec![share(ranks); ranks]);
+    }
+    assert_eq!(threads(shells(2, script).var("OMP_NUM_THREADS", "7")), ["7", "7"]);
+    let alone = std::env::var("OMP_NUM_THREADS").unwrap_or_default();
+    assert_eq!(threads(shells(1, script)), [alone]);
+}
+
+#[test]
 fn a_program_that_cannot_run_gives_a_shells_codes() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("text");

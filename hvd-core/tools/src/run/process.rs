@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::io::{self, ErrorKind, Read};
 use std::net::IpAddr;
+use std::num::NonZeroUsize;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -19,6 +20,8 @@ use super::report;
 
 /// How long output is awaited that processes still hold open which have left a rank's process group.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+/// How many threads OpenMP's loops get, libtorch's among them.
+const THREADS: &str = "OMP_NUM_THREADS";
 
 /// The processes that run.
 pub struct Ranks {
@@ -114,6 +117,9 @@ fn command(order: &Order, rank: usize, variables: &[Variable], bind: Option<IpAd
     for name in &order.removed {
         command.env_remove(name);
     }
+    if let Some(threads) = share_of_threads(order.ranks.len()) {
+        command.env(THREADS, threads.to_string());
+    }
     let text = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
     command.envs(order.variables.iter().chain(variables).map(|(name, value)| (text(name), text(value))));
     if let Some(rendezvous) = order.rendezvous {
@@ -124,6 +130,13 @@ fn command(order: &Order, rank: usize, variables: &[Variable], bind: Option<IpAd
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     end_with_parent(&mut command);
     command
+}
+
+/// The threads of each of several ranks that share this host's cores, where nobody says how many. With more threads than cores those
+/// that have nothing to do spin in the way of the others, which makes small loops ten times slower.
+fn share_of_threads(ranks: usize) -> Option<usize> {
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    (ranks > 1 && std::env::var_os(THREADS).is_none()).then(|| (cores / ranks).max(1))
 }
 
 /// Has the kernel kill the process when this one, which starts it from its main thread, ends in whatever way.
