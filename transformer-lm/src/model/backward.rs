@@ -45,26 +45,14 @@ impl TransformerLM {
     ) -> Result<LossSums> {
         let sums = match self.config().gradient_checkpointing {
             true => self.backward_recomputing(batch, how, dropout, forward_done)?,
-            false => self.backward_keeping(batch, how, dropout, forward_done)?,
+            false => {
+                let sums = self.cast(how, || self.training_loss(batch, dropout, how.accuracy))?;
+                forward_done();
+                (&sums.loss * how.factor).f_backward()?;
+                sums
+            }
         };
         Ok(LossSums { loss: sums.loss.detach(), ..sums })
-    }
-
-    fn backward_keeping(
-        &self,
-        batch: &Tensor,
-        how: &Backward,
-        dropout: &Dropout,
-        forward_done: impl FnOnce(),
-    ) -> Result<LossSums> {
-        let (input_ids, targets) = shifted(batch)?;
-        let sums = self.cast(how, || {
-            let hidden = self.hidden_dropping(&input_ids, None, dropout)?; // (B, T, D)
-            self.head_sums(&hidden, &self.wte.values, &targets, true, how.accuracy)
-        })?;
-        forward_done();
-        (&sums.loss * how.factor).f_backward()?;
-        Ok(sums)
     }
 
     fn backward_recomputing(

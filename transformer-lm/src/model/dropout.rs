@@ -31,15 +31,18 @@ impl Dropout {
     }
 
     /// Drops each element with this probability, in `[0, 1)`. The masks of a sequence follow from its key: different keys have independent
-    /// ones.
-    pub fn new(probability: f64, keys: Vec<u64>) -> Dropout {
-        Dropout { probability, keys }
+    /// ones, and nobody asks for them where nothing is dropped.
+    pub fn new(probability: f64, keys: impl IntoIterator<Item = u64>) -> Dropout {
+        match probability > 0.0 {
+            true => Dropout { probability, keys: keys.into_iter().collect() },
+            false => Dropout::none(),
+        }
     }
 
     /// For so many sequences, with keys from torch's generator.
     pub(super) fn drawn(probability: f64, sequences: i64) -> Result<Dropout> {
         let keys = Tensor::randint(i64::MAX, [sequences], (Kind::Int64, Device::Cpu));
-        Ok(Dropout { probability, keys: Vec::<i64>::try_from(keys)?.into_iter().map(|key| key as u64).collect() })
+        Ok(Dropout::new(probability, Vec::<i64>::try_from(keys)?.into_iter().map(|key| key as u64)))
     }
 
     /// The same sequences' dropout in a part of the model, or of a part; each part has masks of its own.

@@ -3,7 +3,7 @@
 use tch::{Kind, Reduction, Tensor};
 
 use super::fused::{HeadLoss, HeadOptions, linear_cross_entropy};
-use super::{TransformerLM, token_shape};
+use super::{Dropout, TransformerLM, token_shape};
 use crate::{Error, Result};
 
 /// A label that is left out of the loss.
@@ -30,6 +30,13 @@ impl TransformerLM {
     pub fn batch_loss(&self, batch: &Tensor, train: bool, accuracy: bool) -> Result<LossSums> {
         let (input_ids, targets) = shifted(batch)?;
         self.loss_sum(&input_ids, &targets, None, train, accuracy)
+    }
+
+    /// As [`TransformerLM::batch_loss`] in training, with this dropout.
+    pub(super) fn training_loss(&self, batch: &Tensor, dropout: &Dropout, accuracy: bool) -> Result<LossSums> {
+        let (input_ids, targets) = shifted(batch)?;
+        let hidden = self.hidden_dropping(&input_ids, None, dropout)?; // (B, T, D)
+        self.head_sums(&hidden, &self.wte.values, &targets, true, accuracy)
     }
 
     /// The summed loss of `input_ids` (B, T) against `targets` (B, T), which are *not* shifted inside: `targets[b, t]`

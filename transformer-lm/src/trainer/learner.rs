@@ -195,7 +195,7 @@ impl Learner {
     /// Dropout of these of the global batch's sequences: the same on any rank and in any micro-batch.
     fn dropout(&self, step: u64, sequences: Range<u64>) -> Dropout {
         let key = |sequence| hvd_torch::mix(&[self.seed, step, sequence]);
-        Dropout::new(self.model.config().dropout, sequences.map(key).collect())
+        Dropout::new(self.model.config().dropout, sequences.map(key))
     }
 
     /// The optimizer's state by name, on rank 0. All ranks must call it.
