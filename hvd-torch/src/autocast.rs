@@ -30,20 +30,21 @@ impl Autocast {
         let Some(cuda) = is_cuda(device) else {
             return Err(Error::invalid(format!("autocast knows CPU and CUDA, not {device:?}")));
         };
-        // c10::ScalarType
-        let dtype = match kind {
-            Kind::Half => 5,
-            Kind::BFloat16 => 15,
-            other => return Err(Error::invalid(format!("autocast goes to BFloat16 or Half, not {other:?}"))),
+        let Some((_, dtype)) = SCALAR_TYPES.into_iter().find(|(known, _)| *known == kind) else {
+            return Err(Error::invalid(format!("autocast goes to BFloat16 or Half, not {kind:?}")));
         };
         Ok(Autocast { cuda, before: shim::autocast_enter(cuda, dtype)?, _not_send: PhantomData })
     }
 
-    /// Whether operations on `device` are cast, on the calling thread.
-    pub fn is_on(device: Device) -> bool {
-        is_cuda(device).is_some_and(shim::autocast_enabled)
+    /// What operations on `device` are cast to, on the calling thread; none where they are not.
+    pub fn kind(device: Device) -> Option<Kind> {
+        let dtype = shim::autocast_dtype(is_cuda(device)?);
+        SCALAR_TYPES.into_iter().find(|(_, known)| *known == dtype).map(|(kind, _)| kind)
     }
 }
+
+/// What autocast goes to, and its `c10::ScalarType`.
+const SCALAR_TYPES: [(Kind, i32); 2] = [(Kind::Half, 5), (Kind::BFloat16, 15)];
 
 /// Whether it is CUDA, of the devices that autocast knows.
 fn is_cuda(device: Device) -> Option<bool> {
@@ -74,10 +75,10 @@ mod tests {
 
     #[test]
     fn nests_and_ends() {
-        assert_eq!(product_kind(), Kind::Float);
+        assert_eq!((product_kind(), Autocast::kind(Device::Cpu)), (Kind::Float, None));
         {
             let _outer = Autocast::enter(Device::Cpu, Kind::BFloat16).unwrap();
-            assert_eq!(product_kind(), Kind::BFloat16);
+            assert_eq!((product_kind(), Autocast::kind(Device::Cpu)), (Kind::BFloat16, Some(Kind::BFloat16)));
             {
                 let _inner = Autocast::enter(Device::Cpu, Kind::Half).unwrap();
                 assert_eq!(product_kind(), Kind::Half);

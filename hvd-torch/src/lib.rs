@@ -29,6 +29,7 @@ mod error;
 mod memory;
 
 pub mod autograd;
+pub mod block;
 pub mod foreach;
 
 mod autocast;
@@ -41,6 +42,7 @@ pub mod ops;
 pub mod optim;
 mod random;
 mod sampler;
+mod threads;
 
 pub use autocast::Autocast;
 pub use autograd::{Hook, set_grad};
@@ -57,8 +59,9 @@ pub use global::{
 };
 pub use nn::SyncBatchNorm;
 pub use optim::{AdamW, Optimizer, ParamGroup, ShardedAdamW, TchOptimizer, named_parameters, named_variables};
-pub use random::{Determinism, manual_seed, mix, parallel_for, reseed, set_deterministic, set_num_threads};
+pub use random::{Determinism, manual_seed, mix, reseed, set_deterministic};
 pub use sampler::DistributedSampler;
+pub use threads::{Tasks, parallel_for, set_num_threads, share_tasks};
 
 pub use hvd_core::{
     Allreduce, Backend, Capability, Compression, Observer, Phase, ProcessSet, ReduceOp, Topology, World, capabilities,

@@ -1,7 +1,5 @@
 //! Seeds and determinism.
 
-use std::ops::Range;
-
 use crate::error::Result;
 use crate::shim;
 
@@ -44,32 +42,14 @@ pub enum Determinism {
 
 /// Chooses deterministic implementations where torch has several; see [`Determinism`] for where it has none.
 ///
-/// On CPU, results also depend on [`set_num_threads`]; on CUDA, cuBLAS wants `CUBLAS_WORKSPACE_CONFIG=:4096:8` in the
+/// On CPU, results also depend on [`crate::set_num_threads`]; on CUDA, cuBLAS wants `CUBLAS_WORKSPACE_CONFIG=:4096:8` in the
 /// environment.
 pub fn set_deterministic(determinism: Determinism) -> Result<()> {
     shim::set_deterministic(determinism != Determinism::Off, determinism == Determinism::Warn)
 }
 
-/// Sets the number of threads that torch computes with.
-///
-/// Where ranks fill the cores, one thread each is right: with more runnable threads than cores, OpenMP's spinning makes
-/// everything several times slower.
-pub fn set_num_threads(threads: usize) {
-    tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
-}
-
-/// Runs `body` for ranges that cover `0..count`, of at least `grain` each (but the last), on the threads that torch computes with.
-///
-/// # Errors
-/// If `body` panics, which is caught; the other ranges are served all the same.
-pub fn parallel_for(count: usize, grain: usize, body: &(dyn Fn(Range<usize>) + Sync)) -> Result<()> {
-    shim::parallel_for(count, grain, body)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use super::*;
     use tch::{Device, Kind, Tensor};
 
@@ -89,18 +69,6 @@ mod tests {
         // Other tests draw from the same generator on other threads: try until nobody came between.
         assert!((0..100).any(|_| draw(&[1, 2]) == draw(&[1, 2])));
         assert_ne!(draw(&[1, 2]), draw(&[2, 1]));
-    }
-
-    #[test]
-    fn a_loop_runs_on_as_many_threads_as_torch_has() {
-        set_num_threads(2);
-        let parts = Mutex::new(Vec::new());
-        parallel_for(10, 1, &|range| parts.lock().unwrap().push((range, std::thread::current().id()))).unwrap();
-        let mut parts = parts.into_inner().unwrap();
-        parts.sort_by_key(|(range, _)| range.start);
-        let [(first, one), (second, other)] = &parts[..] else { panic!("{parts:?}") };
-        assert_eq!((first, second), (&(0..5), &(5..10)));
-        assert_ne!(one, other);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Compiles a loop several times, for several instruction sets, and picks one at run time.
 //!
 //! The loops are plain Rust that the compiler vectorises. They do the same IEEE operations in the same order whatever
-//! the width, and Rust never contracts a multiplication and an addition, so that the bits do not depend on the CPU.
+//! the width, and Rust never contracts a multiplication and an addition that the loop does not ask it to (`mul_add`), so that the bits do
+//! not depend on the CPU.
 
 /// A loop over elements. [`Kernel::run`] and all that it calls must be `#[inline(always)]`, or else they are compiled
 /// for the baseline only.
@@ -14,18 +15,28 @@ pub trait Kernel {
 pub trait Isa {
     /// The instructions that convert eight binary16 at once, where there are any.
     const F16C: Option<F16c>;
+    /// The instructions on vectors of 512 bits, where there are any.
+    const AVX512: Option<Avx512> = None;
 }
 
 /// Proof that the code in hand is compiled for F16C, and the CPU has it.
 #[derive(Clone, Copy)]
 pub struct F16c(());
 
+/// Proof that the code in hand is compiled for AVX-512 (F, BW, DQ and VL), and the CPU has it.
+#[derive(Clone, Copy)]
+pub struct Avx512(());
+
 /// Nothing.
 enum Plain {}
 
-/// AVX2 or better; no CPU has that without F16C.
+/// AVX2, with FMA and F16C, which come with it.
 #[cfg(target_arch = "x86_64")]
 enum Avx {}
+
+/// AVX-512.
+#[cfg(target_arch = "x86_64")]
+enum Wide {}
 
 impl Isa for Plain {
     const F16C: Option<F16c> = None;
@@ -36,12 +47,18 @@ impl Isa for Avx {
     const F16C: Option<F16c> = Some(F16c(()));
 }
 
+#[cfg(target_arch = "x86_64")]
+impl Isa for Wide {
+    const F16C: Option<F16c> = Some(F16c(()));
+    const AVX512: Option<Avx512> = Some(Avx512(()));
+}
+
 /// What a kernel can be compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// What every CPU of the architecture has.
     Baseline,
-    /// 256-bit vectors of all types.
+    /// 256-bit vectors of all types, and fused multiplication and addition.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// 512-bit vectors of all types.
@@ -56,7 +73,7 @@ impl Level {
         #[cfg(target_arch = "x86_64")]
         {
             use std::is_x86_feature_detected as has;
-            if has!("avx2") && has!("f16c") {
+            if has!("avx2") && has!("fma") && has!("f16c") {
                 let wide = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
                 return if wide { Level::Avx512 } else { Level::Avx2 };
             }
@@ -102,13 +119,13 @@ pub fn dispatch_at<K: Kernel>(level: Level, kernel: K) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 fn avx512<K: Kernel>(kernel: K) {
-    kernel.run::<Avx>();
+    kernel.run::<Wide>();
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,f16c")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn avx2<K: Kernel>(kernel: K) {
     kernel.run::<Avx>();
 }

@@ -2,6 +2,7 @@
 //!
 //! x · ½(1 + tanh u) is x · σ(2u), where u = √(2/π) · (x + 0.044715 · x³): one exponential, and no tanh.
 
+use super::Element;
 use super::exp::exp;
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
@@ -26,7 +27,7 @@ pub fn bias_gelu(x: &mut [f32], bias: &[f32], slopes: Option<&mut [f32]>) {
 }
 
 /// `out = grad · slopes`, and each column's sum is added to `sums`.
-pub fn gelu_backward(slopes: &[f32], grad: &[f32], out: &mut [f32], sums: &mut [f32]) {
+pub fn gelu_backward<E: Element>(slopes: &[E], grad: &[E], out: &mut [E], sums: &mut [f32]) {
     assert!(!sums.is_empty() && slopes.len() == out.len() && grad.len() == out.len());
     assert!(out.len().is_multiple_of(sums.len()));
     dispatch(Backward { slopes, grad, out, sums });
@@ -50,30 +51,30 @@ impl<const SLOPES: bool> Kernel for Forward<'_, SLOPES> {
                 let gate = gate(value);
                 row[i] = value * gate;
                 if SLOPES {
-                    let slope = TWICE_ROOT * (1.0 + 3.0 * CUBE * (value * value)); // of 2u
-                    slopes[i] = gate + value * (gate * (1.0 - gate)) * slope;
+                    slopes[i] = slope(value, gate);
                 }
             }
         }
     }
 }
 
-struct Backward<'a> {
-    slopes: &'a [f32],
-    grad: &'a [f32],
-    out: &'a mut [f32],
+struct Backward<'a, E> {
+    slopes: &'a [E],
+    grad: &'a [E],
+    out: &'a mut [E],
     sums: &'a mut [f32],
 }
 
-impl Kernel for Backward<'_> {
+impl<E: Element> Kernel for Backward<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let columns = self.sums.len();
         let rows = self.slopes.chunks_exact(columns).zip(self.grad.chunks_exact(columns));
         for (out, (slopes, grad)) in self.out.chunks_exact_mut(columns).zip(rows) {
             for (((out, sum), slope), grad) in out.iter_mut().zip(self.sums.iter_mut()).zip(slopes).zip(grad) {
-                *out = grad * slope;
-                *sum += *out;
+                let value = grad.widen() * slope.widen();
+                *out = E::narrow(value);
+                *sum += value;
             }
         }
     }
@@ -81,8 +82,15 @@ impl Kernel for Backward<'_> {
 
 /// σ(2u)
 #[inline(always)]
-fn gate(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-TWICE_ROOT * (x + CUBE * (x * x * x))))
+pub(super) fn gate(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-TWICE_ROOT * x * CUBE.mul_add(x * x, 1.0)))
+}
+
+/// GELU's slope at `x`, which has this gate.
+#[inline(always)]
+pub(super) fn slope(x: f32, gate: f32) -> f32 {
+    let inner = (3.0 * TWICE_ROOT * CUBE).mul_add(x * x, TWICE_ROOT); // of 2u
+    (x * gate).mul_add((1.0 - gate) * inner, gate)
 }
 
 #[cfg(test)]

@@ -5,16 +5,16 @@
 //! the softmax; its mask begins with the block's first row.
 
 use super::exp::exp;
-use super::{Mask, fold, greatest};
+use super::{Element, LANES, Mask, greatest, total};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
-/// Scores to weights, in place, and the logarithm of each row's sum of exponentials to `log_sums`.
+/// Scores times `scale` to weights, in place, and the logarithm of each row's sum of exponentials to `log_sums`.
 ///
 /// # Panics
 /// If the block has no row for each of `log_sums`, or a row sees more than its columns; so below.
-pub fn causal_softmax(block: &mut [f32], columns: usize, first: usize, log_sums: &mut [f32]) {
+pub fn causal_softmax(block: &mut [f32], columns: usize, first: usize, scale: f32, log_sums: &mut [f32]) {
     check(block, columns, first, log_sums.len());
-    dispatch(Softmax { block, columns, first, log_sums });
+    dispatch(Softmax { block, columns, first, scale, log_sums });
 }
 
 /// Weights to what dropout leaves of them, in place.
@@ -26,13 +26,13 @@ pub fn drop_weights(block: &mut [f32], columns: usize, first: usize, mask: Mask)
     dispatch(Drop { block, columns, first, mask });
 }
 
-/// Scores to weights before dropout, in place, from the sums that [`causal_softmax`] gave.
+/// Scores times `scale` to weights before dropout, in place, from the sums that [`causal_softmax`] gave.
 ///
 /// # Panics
 /// As [`causal_softmax`].
-pub fn causal_weights(block: &mut [f32], columns: usize, first: usize, log_sums: &[f32]) {
+pub fn causal_weights(block: &mut [f32], columns: usize, first: usize, scale: f32, log_sums: &[f32]) {
     check(block, columns, first, log_sums.len());
-    dispatch(Weights { block, columns, first, log_sums });
+    dispatch(Weights { block, columns, first, scale, log_sums });
 }
 
 /// Gradients of the weights to those of the scores before their scaling by `scale`, in place. `dots` are each row's product of
@@ -57,14 +57,49 @@ pub fn causal_softmax_backward(
     }
 }
 
+/// The product of each row of `a` with that of `b`, where both have rows of `columns` elements, `stride` apart.
+///
+/// # Panics
+/// If either has not a row for each of `dots`.
+pub fn row_dots<E: Element>(a: &[E], b: &[E], [columns, stride]: [usize; 2], dots: &mut [f32]) {
+    let holds = |rows: &[E]| columns <= stride && rows.len() + stride >= dots.len() * stride + columns;
+    assert!(columns > 0 && holds(a) && holds(b));
+    dispatch(Dots { a, b, columns, stride, dots });
+}
+
 fn check(block: &[f32], columns: usize, first: usize, rows: usize) {
     assert!(columns > 0 && block.len() == rows * columns && first + rows <= columns);
+}
+
+struct Dots<'a, E> {
+    a: &'a [E],
+    b: &'a [E],
+    columns: usize,
+    stride: usize,
+    dots: &'a mut [f32],
+}
+
+impl<E: Element> Kernel for Dots<'_, E> {
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        for (at, dot) in self.dots.iter_mut().enumerate() {
+            let [a, b] = [self.a, self.b].map(|rows| rows[at * self.stride..][..self.columns].as_chunks::<LANES>());
+            let mut lanes = [0.0f32; LANES];
+            for (a, b) in a.0.iter().zip(b.0) {
+                for lane in 0..LANES {
+                    lanes[lane] = a[lane].widen().mul_add(b[lane].widen(), lanes[lane]);
+                }
+            }
+            *dot = a.1.iter().zip(b.1).fold(total(lanes), |dot, (a, b)| a.widen().mul_add(b.widen(), dot));
+        }
+    }
 }
 
 struct Softmax<'a> {
     block: &'a mut [f32],
     columns: usize,
     first: usize,
+    scale: f32,
     log_sums: &'a mut [f32],
 }
 
@@ -72,26 +107,45 @@ impl Kernel for Softmax<'_> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         for (r, (row, log_sum)) in self.block.chunks_exact_mut(self.columns).zip(self.log_sums).enumerate() {
-            let (seen, hidden) = row.split_at_mut(self.first + r + 1);
-            let highest = greatest(seen);
-            for score in seen.iter_mut() {
-                *score = exp(*score - highest);
-            }
-            let sum = fold(seen, 0.0, |value| value, |a, b| a + b);
+            let seen = self.first + r + 1;
+            // What is hidden counts for nothing, and is computed as far as it fills the last of the lanes.
+            let end = self.columns.min(seen.next_multiple_of(LANES));
+            row[seen..end].fill(f32::NEG_INFINITY);
+            let highest = greatest(&row[..end]) * self.scale;
+            let sum = exponentials(&mut row[..end], self.scale, highest);
+            row[seen..].fill(0.0);
             let share = 1.0 / sum;
-            for weight in seen.iter_mut() {
+            for weight in &mut row[..end] {
                 *weight *= share;
             }
-            hidden.fill(0.0);
             *log_sum = highest + sum.ln();
         }
     }
+}
+
+/// Takes the exponential of each score times `scale`, less `shift`; their sum.
+#[inline(always)]
+fn exponentials(row: &mut [f32], scale: f32, shift: f32) -> f32 {
+    let exponential = |score: f32| exp(score.mul_add(scale, -shift));
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for chunk in chunks {
+        for lane in 0..LANES {
+            chunk[lane] = exponential(chunk[lane]);
+            lanes[lane] += chunk[lane];
+        }
+    }
+    rest.iter_mut().fold(total(lanes), |sum, score| {
+        *score = exponential(*score);
+        sum + *score
+    })
 }
 
 struct Weights<'a> {
     block: &'a mut [f32],
     columns: usize,
     first: usize,
+    scale: f32,
     log_sums: &'a [f32],
 }
 
@@ -99,11 +153,11 @@ impl Kernel for Weights<'_> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         for (r, (row, &log_sum)) in self.block.chunks_exact_mut(self.columns).zip(self.log_sums).enumerate() {
-            let (seen, hidden) = row.split_at_mut(self.first + r + 1);
-            for score in seen.iter_mut() {
-                *score = exp(*score - log_sum);
+            let seen = self.first + r + 1;
+            for score in &mut row[..self.columns.min(seen.next_multiple_of(LANES))] {
+                *score = exp(score.mul_add(self.scale, -log_sum));
             }
-            hidden.fill(0.0);
+            row[seen..].fill(0.0);
         }
     }
 }
@@ -183,13 +237,20 @@ mod tests {
     use hvd_kernels::simd::dispatch_at;
 
     #[test]
+    fn rows_are_multiplied_each_with_its_own() {
+        let mut dots = [0.0; 2];
+        row_dots(&[1.0, 2.0, 9.0, 3.0, 4.0], &[5.0, 6.0, 9.0, 7.0, 8.0], [2, 3], &mut dots);
+        assert_eq!(dots, [17.0, 53.0]);
+    }
+
+    #[test]
     fn every_instruction_set_gives_the_same_bits() {
         let (columns, first) = (203, 198);
         check_levels(|level| {
             let (mut block, mut log_sums) = (numbers(5 * columns), vec![0.0; 5]);
-            dispatch_at(level, Softmax { block: &mut block, columns, first, log_sums: &mut log_sums });
+            dispatch_at(level, Softmax { block: &mut block, columns, first, scale: 0.3, log_sums: &mut log_sums });
             let mut again = numbers(5 * columns);
-            dispatch_at(level, Weights { block: &mut again, columns, first, log_sums: &log_sums });
+            dispatch_at(level, Weights { block: &mut again, columns, first, scale: 0.3, log_sums: &log_sums });
             let mut grads = numbers(5 * columns);
             dispatch_at(level, Backward { weights: &block, grads: &mut grads, columns, dots: &log_sums, scale: 0.3 });
             let (mask, mut dropped, mut weights, mut others) =
@@ -202,7 +263,9 @@ mod tests {
                 DropBackward { weights: weights_of, grads: grads_of, columns, first, dots, scale, mask },
             );
             assert_eq!(weights, dropped);
-            [block, again, grads, dropped, others, log_sums].concat()
+            let mut dots = vec![0.0; 4];
+            dispatch_at(level, Dots { a: &block, b: &others, columns: 53, stride: 101, dots: &mut dots });
+            [block, again, grads, dropped, others, log_sums, dots].concat()
         });
     }
 }

@@ -3,8 +3,11 @@
 //!
 //! The random numbers are Threefry-2x32's with 13 rounds (Salmon et al., 2011, Parallel random numbers: as easy as 1, 2, 3).
 
-use super::LANES;
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
+
+/// Counters whose random numbers are computed side by side. Which element has which of them follows from it: with another number the masks
+/// would be others.
+const LANES: usize = 16;
 
 /// What dropout does to a matrix: each element is dropped with the same probability, and what is kept grows, so that the mean
 /// stays. A row has the same mask whatever is computed beside it.

@@ -7,18 +7,15 @@
 pub(super) fn exp(x: f32) -> f32 {
     /// Added and taken away again it leaves the nearest whole number, which then also stands in the low bits of the sum.
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23
+    const POLYNOMIAL: [f32; 5] =
+        [1.398_199_950_7e-3, 8.333_451_907_3e-3, 4.166_579_589_4e-2, 1.666_666_545_9e-1, 5.000_000_120_1e-1];
     let x = if x < -87.0 { -87.0 } else { x };
     let x = if x > 88.0 { 88.0 } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = x - n * 0.693_359_375 + n * 2.121_944_40e-4; // x − n · ln 2, where the first product is exact
-    let mut p = 1.987_569_15e-4;
-    p = p * r + 1.398_199_950_7e-3;
-    p = p * r + 8.333_451_907_3e-3;
-    p = p * r + 4.166_579_589_4e-2;
-    p = p * r + 1.666_666_545_9e-1;
-    p = p * r + 5.000_000_120_1e-1;
-    let y = p * (r * r) + r + 1.0;
+    let r = n.mul_add(2.121_944_40e-4, n.mul_add(-0.693_359_375, x)); // x − n · ln 2
+    let p = POLYNOMIAL.into_iter().fold(1.987_569_15e-4f32, |p, coefficient| p.mul_add(r, coefficient));
+    let y = p.mul_add(r * r, r) + 1.0;
     f32::from_bits(y.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
 

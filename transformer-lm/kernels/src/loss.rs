@@ -1,7 +1,7 @@
 //! Cross-entropy of rows of logits, and its gradient in their place.
 
 use super::exp::exp;
-use super::{fold, greatest};
+use super::{Element, fold, greatest};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
 /// What a row is to predict: a column; none for a row that is left out.
@@ -16,35 +16,43 @@ pub struct Loss {
     pub gradient: bool,
 }
 
-/// The losses of rows of logits in nats, to `losses`. Where the gradient is wanted each logit becomes its row's loss's gradient with
-/// respect to it. A row that is left out has a loss of 0, and gradients of 0.
+/// The losses of rows of `columns` logits in nats, to `losses`. Where the gradient is wanted each logit becomes its row's loss's gradient
+/// with respect to it. A row that is left out has a loss of 0, and gradients of 0. Rows are `stride` logits apart; what lies between
+/// them stays.
 ///
 /// # Panics
-/// If `logits` are not a row of `columns` for each target and loss, or a target is none of the columns.
-pub fn cross_entropy(logits: &mut [f32], columns: usize, targets: &[Target], loss: Loss, losses: &mut [f32]) {
-    assert!(columns > 0 && logits.len() == columns * targets.len() && targets.len() == losses.len());
-    assert!(targets.iter().flatten().all(|&target| target < columns));
-    for ((row, target), result) in logits.chunks_exact_mut(columns).zip(targets).zip(losses) {
+/// If `logits` are not such a row for each target and loss, or a target is none of the columns.
+pub fn cross_entropy<E: Element>(
+    logits: &mut [E],
+    [columns, stride]: [usize; 2],
+    targets: &[Target],
+    loss: Loss,
+    losses: &mut [f32],
+) {
+    assert!(columns > 0 && columns <= stride && logits.len() == stride * targets.len());
+    assert!(targets.len() == losses.len() && targets.iter().flatten().all(|&target| target < columns));
+    for ((row, target), result) in logits.chunks_exact_mut(stride).zip(targets).zip(losses) {
+        let row = &mut row[..columns];
         match *target {
             Some(target) => dispatch(Row { row, target, loss, result }),
             None => {
                 *result = 0.0;
                 if loss.gradient {
-                    row.fill(0.0);
+                    row.fill(E::narrow(0.0));
                 }
             }
         }
     }
 }
 
-struct Row<'a> {
-    row: &'a mut [f32],
+struct Row<'a, E> {
+    row: &'a mut [E],
     target: usize,
     loss: Loss,
     result: &'a mut f32,
 }
 
-impl Kernel for Row<'_> {
+impl<E: Element> Kernel for Row<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let Row { row, target, loss: Loss { smoothing, gradient }, result } = self;
@@ -53,21 +61,22 @@ impl Kernel for Row<'_> {
         let log_sum = f64::from(highest) + exps.ln();
         let mean = if smoothing > 0.0 { fold_wide(row, |logit| logit) / row.len() as f64 } else { 0.0 };
         let smoothing = f64::from(smoothing);
-        *result = (log_sum - (1.0 - smoothing) * f64::from(row[target]) - smoothing * mean) as f32;
+        *result = (log_sum - (1.0 - smoothing) * f64::from(row[target].widen()) - smoothing * mean) as f32;
         if gradient {
             let share = (1.0 / exps) as f32;
             let spread = (smoothing / row.len() as f64) as f32;
+            let of_target = exp(row[target].widen() - highest) * share - spread - (1.0 - smoothing) as f32;
             for logit in row.iter_mut() {
-                *logit = exp(*logit - highest) * share - spread;
+                *logit = E::narrow(exp(logit.widen() - highest) * share - spread);
             }
-            row[target] -= (1.0 - smoothing) as f32;
+            row[target] = E::narrow(of_target);
         }
     }
 }
 
 /// The sum of `f` over a row: in f32 over pieces, in f64 over these.
 #[inline(always)]
-fn fold_wide(row: &[f32], f: impl Fn(f32) -> f32 + Copy) -> f64 {
+fn fold_wide<E: Element>(row: &[E], f: impl Fn(f32) -> f32 + Copy) -> f64 {
     const PIECE: usize = 1024;
     row.chunks(PIECE).map(|piece| f64::from(fold(piece, 0.0, f, |a, b| a + b))).sum()
 }

@@ -2,7 +2,8 @@
 //!
 //! Matrices lie row by row; vectors have an element for each column.
 
-use super::{LANES, fold};
+use super::{Element, LANES, fold, total};
+use half::bf16;
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
 /// A normalisation's parameters.
@@ -23,7 +24,7 @@ pub type Moments = [f32; 2];
 ///
 /// # Panics
 /// If the shapes do not fit; so below.
-pub fn normalise(rows: &[f32], norm: Norm, out: &mut [f32], moments: Option<&mut [Moments]>) {
+pub fn normalise<E: Element>(rows: &[f32], norm: Norm, out: &mut [E], moments: Option<&mut [Moments]>) {
     let columns = norm.weight.len();
     check(columns, [rows.len(), out.len(), moments.as_ref().map_or(out.len(), |moments| moments.len() * columns)]);
     assert_eq!(norm.bias.len(), columns);
@@ -32,7 +33,7 @@ pub fn normalise(rows: &[f32], norm: Norm, out: &mut [f32], moments: Option<&mut
 
 /// What [`normalise_backward`] reads.
 #[derive(Clone, Copy)]
-pub struct Normalised<'a> {
+pub struct Normalised<'a, E> {
     /// What was normalised.
     pub rows: &'a [f32],
     /// What [`normalise`] gave beside its result.
@@ -40,7 +41,7 @@ pub struct Normalised<'a> {
     /// The normalisation's weight.
     pub weight: &'a [f32],
     /// The result's gradient.
-    pub grad: &'a [f32],
+    pub grad: &'a [E],
 }
 
 /// Sums over rows, which gradients are added to.
@@ -53,17 +54,25 @@ pub struct ColumnSums<'a> {
     pub rows: &'a mut [f32],
 }
 
-/// `out` becomes the gradient of the rows: that of the normalised, and `direct`, what reaches them past the normalisation.
-pub fn normalise_backward(given: Normalised, direct: Option<&[f32]>, out: &mut [f32], sums: ColumnSums) {
+/// `out` becomes the gradient of the rows: that of the normalised, and `direct`, what reaches them past the normalisation; and `narrow`, where
+/// somebody wants it, the same in 16 bits.
+pub fn normalise_backward<E: Element>(
+    given: Normalised<E>,
+    direct: Option<&[f32]>,
+    out: &mut [f32],
+    narrow: Option<&mut [bf16]>,
+    sums: ColumnSums,
+) {
     let columns = given.weight.len();
     check(columns, [given.rows.len(), given.grad.len(), out.len()]);
     check(columns, [given.moments.len() * columns, direct.map_or(out.len(), <[f32]>::len), out.len()]);
     assert!([sums.weight.len(), sums.bias.len(), sums.rows.len()] == [columns; 3]);
-    dispatch(Backward { given, direct, out, sums });
+    assert!(narrow.as_ref().is_none_or(|narrow| narrow.len() == out.len()));
+    dispatch(Backward { given, direct, out, narrow, sums });
 }
 
 /// Adds each of the rows, which are as long as `sum`, to it.
-pub fn add_rows(rows: &[f32], sum: &mut [f32]) {
+pub fn add_rows<E: Element>(rows: &[E], sum: &mut [f32]) {
     check(sum.len(), [rows.len(); 3]);
     dispatch(AddRows { rows, sum });
 }
@@ -78,14 +87,14 @@ fn check(columns: usize, lengths: [usize; 3]) {
     assert!(columns > 0 && lengths[0].is_multiple_of(columns) && lengths.iter().all(|length| *length == lengths[0]));
 }
 
-struct Normalise<'a> {
+struct Normalise<'a, E> {
     rows: &'a [f32],
     norm: Norm<'a>,
-    out: &'a mut [f32],
+    out: &'a mut [E],
     moments: Option<&'a mut [Moments]>,
 }
 
-impl Kernel for Normalise<'_> {
+impl<E: Element> Kernel for Normalise<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(mut self) {
         let Norm { weight, bias, eps } = self.norm;
@@ -101,22 +110,23 @@ impl Kernel for Normalise<'_> {
                 moments[at] = [mean, scale];
             }
             for i in 0..columns {
-                out[i] = (row[i] - mean) * scale * weight[i] + bias[i];
+                out[i] = E::narrow((row[i] - mean) * scale * weight[i] + bias[i]);
             }
         }
     }
 }
 
-struct Backward<'a> {
-    given: Normalised<'a>,
+struct Backward<'a, E> {
+    given: Normalised<'a, E>,
     direct: Option<&'a [f32]>,
     out: &'a mut [f32],
+    narrow: Option<&'a mut [bf16]>,
     sums: ColumnSums<'a>,
 }
 
-impl Kernel for Backward<'_> {
+impl<E: Element> Kernel for Backward<'_, E> {
     #[inline(always)]
-    fn run<I: Isa>(self) {
+    fn run<I: Isa>(mut self) {
         let Normalised { rows, moments, weight, grad } = self.given;
         let columns = weight.len();
         let [of_weight, of_bias, of_rows] =
@@ -128,13 +138,13 @@ impl Kernel for Backward<'_> {
             let (sum, product) = projections(row, grad, weight, mean, scale);
             let (sum, product) = (sum * share, product * share);
             for i in 0..columns {
-                let normal = (row[i] - mean) * scale;
-                out[i] = (grad[i] * weight[i] - sum - normal * product) * scale;
-                of_weight[i] += grad[i] * normal;
-                of_bias[i] += grad[i];
+                let (normal, grad) = ((row[i] - mean) * scale, grad[i].widen());
+                out[i] = (grad * weight[i] - sum - normal * product) * scale;
+                of_weight[i] = grad.mul_add(normal, of_weight[i]);
+                of_bias[i] += grad;
             }
             if let Some(direct) = self.direct {
-                let direct = &direct[place];
+                let direct = &direct[place.clone()];
                 for i in 0..columns {
                     out[i] += direct[i];
                 }
@@ -142,42 +152,50 @@ impl Kernel for Backward<'_> {
             for i in 0..columns {
                 of_rows[i] += out[i];
             }
+            if let Some(narrow) = &mut self.narrow {
+                for (narrow, value) in narrow[place].iter_mut().zip(out) {
+                    *narrow = bf16::narrow(*value);
+                }
+            }
         }
     }
 }
 
 /// The sums of a row's weighted gradients, and of these times what was normalised.
 #[inline(always)]
-fn projections(row: &[f32], grad: &[f32], weight: &[f32], mean: f32, scale: f32) -> (f32, f32) {
-    let (mut sums, mut products) = ([0.0; LANES], [0.0; LANES]);
-    let whole = row.len() - row.len() % LANES;
-    for start in (0..whole).step_by(LANES) {
-        let (row, grad, weight) = (&row[start..][..LANES], &grad[start..][..LANES], &weight[start..][..LANES]);
+fn projections<E: Element>(row: &[f32], grad: &[E], weight: &[f32], mean: f32, scale: f32) -> (f32, f32) {
+    let term = |row: f32, grad: E, weight: f32| {
+        let weighted = grad.widen() * weight;
+        (weighted, (row - mean) * scale)
+    };
+    let ((rows, row), (grads, grad)) = (row.as_chunks::<LANES>(), grad.as_chunks::<LANES>());
+    let (weights, weight) = weight.as_chunks::<LANES>();
+    let [mut sums, mut products] = [[0.0f32; LANES]; 2];
+    for ((row, grad), weight) in rows.iter().zip(grads).zip(weights) {
         for lane in 0..LANES {
-            let weighted = grad[lane] * weight[lane];
+            let (weighted, normal) = term(row[lane], grad[lane], weight[lane]);
             sums[lane] += weighted;
-            products[lane] += weighted * ((row[lane] - mean) * scale);
+            products[lane] = weighted.mul_add(normal, products[lane]);
         }
     }
-    for i in whole..row.len() {
-        let weighted = grad[i] * weight[i];
-        sums[i - whole] += weighted;
-        products[i - whole] += weighted * ((row[i] - mean) * scale);
-    }
-    (sums.into_iter().sum(), products.into_iter().sum())
+    let rest = row.iter().zip(grad).zip(weight);
+    rest.fold((total(sums), total(products)), |(sum, product), ((row, grad), weight)| {
+        let (weighted, normal) = term(*row, *grad, *weight);
+        (sum + weighted, weighted.mul_add(normal, product))
+    })
 }
 
-struct AddRows<'a> {
-    rows: &'a [f32],
+struct AddRows<'a, E> {
+    rows: &'a [E],
     sum: &'a mut [f32],
 }
 
-impl Kernel for AddRows<'_> {
+impl<E: Element> Kernel for AddRows<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         for row in self.rows.chunks_exact(self.sum.len()) {
             for (sum, value) in self.sum.iter_mut().zip(row) {
-                *sum += value;
+                *sum += value.widen();
             }
         }
     }
@@ -193,7 +211,7 @@ impl Kernel for AddScaled<'_> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         for (sum, value) in self.sum.iter_mut().zip(self.values) {
-            *sum += self.factor * value;
+            *sum = self.factor.mul_add(*value, *sum);
         }
     }
 }
@@ -246,7 +264,10 @@ mod tests {
             let [mut of_weight, mut of_bias, mut of_rows, mut columns] = [(); 4].map(|()| vec![0.5; COLUMNS]);
             let sums = ColumnSums { weight: &mut of_weight, bias: &mut of_bias, rows: &mut of_rows };
             let given = Normalised { rows, moments: &moments, weight, grad: incoming };
-            dispatch_at(level, Backward { given, direct: Some(direct), out: &mut grad, sums });
+            let mut rounded = vec![bf16::ZERO; 3 * COLUMNS];
+            let (direct, narrow) = (Some(direct), Some(&mut rounded[..]));
+            dispatch_at(level, Backward { given, direct, out: &mut grad, narrow, sums });
+            assert!(rounded.iter().zip(&grad).all(|(rounded, value)| *rounded == bf16::from_f32(*value)));
             dispatch_at(level, AddRows { rows: &out, sum: &mut columns });
             dispatch_at(level, AddScaled { values: rows, factor: 0.3, sum: &mut out });
             [out, moments.concat(), grad, of_weight, of_bias, of_rows, columns].concat()

@@ -1,31 +1,9 @@
 //! Products of a matrix with few vectors, from either side. They cost what it costs to read the matrix, which [`multiply`] takes in 16 bits
 //! too.
 
-use half::bf16;
-
+use super::Element;
 use super::norm::AddScaled;
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
-use hvd_kernels::wire::widen_bf16;
-
-/// An element of a matrix.
-pub trait Weight: Copy + Send + Sync {
-    /// Its value.
-    fn widen(self) -> f32;
-}
-
-impl Weight for f32 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
-    }
-}
-
-impl Weight for bf16 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        widen_bf16(self.to_bits())
-    }
-}
 
 /// Sums that are kept side by side, so that the compiler can use vectors; a fixed number, so that the order of summation is the same
 /// on every CPU.
@@ -45,7 +23,7 @@ const BLOCK: usize = 8;
 ///
 /// # Panics
 /// If the lengths do not fit to vectors of `width` elements.
-pub fn multiply<W: Weight>(rows: &[W], vectors: &[f32], width: usize, products: &mut [&mut [f32]]) {
+pub fn multiply<W: Element>(rows: &[W], vectors: &[f32], width: usize, products: &mut [&mut [f32]]) {
     let count = rows.len().checked_div(width).unwrap_or(0);
     assert!(count * width == rows.len() && vectors.len() == products.len() * width, "lengths that do not fit");
     assert!(products.iter().all(|product| product.len() == count), "a product has an element for each row");
@@ -68,7 +46,7 @@ struct Multiply<'a, 'b, W> {
     products: &'a mut [&'b mut [f32]],
 }
 
-impl<W: Weight> Kernel for Multiply<'_, '_, W> {
+impl<W: Element> Kernel for Multiply<'_, '_, W> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let mut sums = [[0.0; LANES]; BLOCK];
@@ -107,7 +85,7 @@ impl Kernel for WeightedSum<'_> {
 }
 
 #[inline(always)]
-fn lane_sums<W: Weight>(row: &[W], vector: &[f32]) -> [f32; LANES] {
+fn lane_sums<W: Element>(row: &[W], vector: &[f32]) -> [f32; LANES] {
     let mut sums = [0.0; LANES];
     for (a, b) in row.as_chunks::<LANES>().0.iter().zip(vector.as_chunks::<LANES>().0) {
         for lane in 0..LANES {
@@ -119,7 +97,7 @@ fn lane_sums<W: Weight>(row: &[W], vector: &[f32]) -> [f32; LANES] {
 
 /// The product of what is too short for lanes.
 #[inline(always)]
-fn rest<W: Weight>(row: &[W], vector: &[f32]) -> f32 {
+fn rest<W: Element>(row: &[W], vector: &[f32]) -> f32 {
     row.as_chunks::<LANES>().1.iter().zip(vector.as_chunks::<LANES>().1).map(|(a, b)| a.widen() * b).sum()
 }
 
@@ -140,6 +118,7 @@ fn add_halves(sums: &mut [f32], few: usize) {
 mod tests {
     use super::super::tests::{check_levels, numbers};
     use super::*;
+    use half::bf16;
     use hvd_kernels::simd::{Level, dispatch_at};
 
     /// Small whole numbers, so that every sum is exact.
@@ -147,7 +126,7 @@ mod tests {
         (i * 7 % 23) as f32 - 11.0
     }
 
-    fn at<W: Weight>(level: Level, rows: &[W], vectors: &[f32], width: usize) -> Vec<Vec<f32>> {
+    fn at<W: Element>(level: Level, rows: &[W], vectors: &[f32], width: usize) -> Vec<Vec<f32>> {
         let mut products = vec![vec![0.0; rows.len() / width]; vectors.len() / width];
         let mut slices: Vec<&mut [f32]> = products.iter_mut().map(Vec::as_mut_slice).collect();
         dispatch_at(level, Multiply { rows, vectors, width, products: &mut slices });

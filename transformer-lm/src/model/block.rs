@@ -32,18 +32,14 @@ impl Linear {
         fused::linear(x, &self.weight.values, Some(&self.bias))
     }
 
-    /// GELU of the layer's result.
-    fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
-        match fused::is_quick(x) {
-            true => fused::gelu(fused::linear(x, &self.weight.values, None)?, Some(&self.bias)),
-            false => fused::gelu(self.forward(x)?, None),
-        }
+    fn dense(&self) -> Dense<'_> {
+        Dense { weight: &self.weight.values, bias: &self.bias }
     }
 
     /// What the layer adds to the residual stream.
     fn branch(&self, x: Tensor, dropout: &Dropout) -> Result<Branch<'_>> {
         match dropout.is_off() {
-            true => Ok(Branch::Product(x, Dense { weight: &self.weight.values, bias: &self.bias })),
+            true => Ok(Branch::Product(x, self.dense())),
             false => Ok(Branch::Values(dropout.apply(self.forward(&x)?)?)),
         }
     }
@@ -55,6 +51,8 @@ enum Branch<'a> {
     Values(Tensor),
     /// What a layer makes of this; it is computed as it is added.
     Product(Tensor, Dense<'a>),
+    /// What two layers make of this, with GELU between them.
+    FeedForward(Tensor, [Dense<'a>; 2]),
 }
 
 /// The residual stream, (B, T, D). What a part adds to it is taken up when it is normalised for the next.
@@ -75,6 +73,7 @@ impl Stream<'_> {
             None => Ok(self.residual),
             Some(Branch::Values(values)) => Ok(self.residual.f_add(&values)?),
             Some(Branch::Product(x, layer)) => fused::add_linear(&self.residual, &x, layer),
+            Some(Branch::FeedForward(x, layers)) => fused::add_mlp(&self.residual, &x, layers),
         }
     }
 }
@@ -97,12 +96,15 @@ impl LayerNorm {
     /// The stream as a tensor, and normalised.
     pub(super) fn forward(&self, stream: Stream) -> Result<(Tensor, Tensor)> {
         let norm = LayerNormOptions { weight: &self.weight, bias: &self.bias, eps: LAYER_NORM_EPS };
-        if let Some(Branch::Product(x, layer)) = &stream.branch {
-            return fused::add_linear_norm(&stream.residual, x, *layer, norm);
+        match &stream.branch {
+            Some(Branch::Product(x, layer)) => fused::add_linear_norm(&stream.residual, x, *layer, norm),
+            Some(Branch::FeedForward(x, layers)) => fused::add_mlp_norm(&stream.residual, x, *layers, norm),
+            _ => {
+                let x = stream.sum()?;
+                let normal = fused::layer_norm(&x, norm)?;
+                Ok((x, normal))
+            }
         }
-        let x = stream.sum()?;
-        let normal = fused::layer_norm(&x, norm)?;
-        Ok((x, normal))
     }
 }
 
@@ -182,8 +184,11 @@ impl Mlp {
         }
     }
 
-    fn forward(&self, x: &Tensor, dropout: &Dropout) -> Result<Branch<'_>> {
-        let hidden = self.c_fc.forward_gelu(x)?; // (B, T, F)
+    fn forward(&self, x: Tensor, dropout: &Dropout) -> Result<Branch<'_>> {
+        if dropout.is_off() {
+            return Ok(Branch::FeedForward(x, [self.c_fc.dense(), self.c_proj.dense()]));
+        }
+        let hidden = fused::linear_gelu(&x, self.c_fc.dense())?; // (B, T, F)
         self.c_proj.branch(hidden, dropout) // (B, T, D)
     }
 }
@@ -224,7 +229,7 @@ impl Block {
         let (residual, normal) = self.ln_1.forward(stream)?;
         let stream = Stream { residual, branch: Some(self.attn.forward(&normal, attend, cache, dropout)?) };
         let (residual, normal) = self.ln_2.forward(stream)?;
-        Ok(Stream { residual, branch: Some(self.mlp.forward(&normal, &dropout.at(FEED_FORWARD))?) })
+        Ok(Stream { residual, branch: Some(self.mlp.forward(normal, &dropout.at(FEED_FORWARD))?) })
     }
 }
 

@@ -41,7 +41,7 @@ impl LayerCache {
     }
 
     /// All keys and values, (B, H, room, hs).
-    pub(super) fn spans(&self) -> (Span, Span) {
+    pub(super) fn spans(&self) -> (Span<f32>, Span<f32>) {
         (Span::of(&self.keys), Span::of(&self.values))
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use bytemuck::cast_slice_mut;
 use half::bf16;
 use hvd_torch::parallel_for;
-use lm_kernels::{Weight, multiply};
+use lm_kernels::{Element, multiply};
 use tch::{Device, Kind, Tensor};
 
 use super::fused::Span;
@@ -56,7 +56,7 @@ impl Matrix {
     /// # Panics
     /// Where the values are not f32 on the CPU.
     pub(super) fn product(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let whole = Span::of(&self.values);
+        let whole = Span::<f32>::of(&self.values);
         match &self.narrow {
             Some(rows) => product(rows, self.inputs(), x),
             // SAFETY: nobody changes weights while the model is borrowed for generation.
@@ -66,7 +66,7 @@ impl Matrix {
 }
 
 /// As [`Matrix::product`]: each thread takes some of the weight's rows, for all of `x`.
-fn product<W: Weight>(rows: &[W], inputs: usize, x: &[f32]) -> Result<Vec<f32>> {
+fn product<W: Element>(rows: &[W], inputs: usize, x: &[f32]) -> Result<Vec<f32>> {
     let outputs = rows.len() / inputs;
     let mut products = vec![0.0; x.len() / inputs * outputs];
     let threads = (rows.len() / GRAIN).clamp(1, tch::get_num_threads().max(1) as usize);

@@ -40,7 +40,7 @@ impl TransformerLM {
     /// Each token at this position, (B, D).
     fn embed_step(&self, ids: &[usize], position: usize) -> Vec<f32> {
         let d = self.wte.inputs();
-        let (tokens, positions) = (Span::of(&self.wte.values), Span::of(&self.wpe));
+        let (tokens, positions) = (Span::<f32>::of(&self.wte.values), Span::<f32>::of(&self.wpe));
         // SAFETY: nobody changes weights while the model is borrowed for generation; so below.
         let (tokens, positions) = unsafe { (tokens.all(), positions.all()) };
         let mut x: Vec<f32> = ids.iter().flat_map(|id| &tokens[id * d..][..d]).copied().collect();
@@ -91,7 +91,7 @@ impl Linear {
     /// (B, in) to (B, out).
     fn step(&self, x: &[f32]) -> Result<Vec<f32>> {
         let mut products = self.weight.product(x)?;
-        let bias = Span::of(&self.bias);
+        let bias = Span::<f32>::of(&self.bias);
         // SAFETY: as above.
         let bias = unsafe { bias.all() };
         products.chunks_exact_mut(bias.len()).for_each(|product| add_rows(bias, product));
@@ -121,7 +121,7 @@ fn gather(qkv: &[f32], cache: &mut LayerCache) -> Result<Vec<f32>> {
         let query: Vec<f32> = part(0).iter().map(|value| value * scale).collect();
         let mut weights = vec![0.0; seen];
         multiply(keys, &query, hs, &mut [&mut weights]);
-        causal_softmax(&mut weights, seen, seen - 1, &mut [0.0]);
+        causal_softmax(&mut weights, seen, seen - 1, 1.0, &mut [0.0]);
         weighted_sum(values, &weights, out);
     };
     for_each(out.chunks_exact_mut(hs).enumerate().collect(), (GRAIN / (seen * hs)).max(1), head)?;

@@ -10,7 +10,7 @@ use crate::dtype::DType;
 
 pub(crate) use convert::finish;
 pub use convert::{convert, scale};
-pub use sixteen::widen_bf16;
+pub use sixteen::{narrow_bf16, widen_bf16};
 
 /// What f32 and f64 elements are narrowed to while they travel. Other dtypes travel as they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -55,7 +55,7 @@ pub fn widen_bf16(half: u16) -> f32 {
 
 /// The bfloat16 nearest to an f32.
 #[inline(always)]
-pub(crate) fn narrow_bf16(value: f32) -> u16 {
+pub fn narrow_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     let odd = (bits >> 16) & 1;
     let rounded = bits.wrapping_add(0x7fff + odd) >> 16;

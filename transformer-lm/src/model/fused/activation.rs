@@ -1,11 +1,14 @@
 //! GELU.
 
+use half::bf16;
 use hvd_torch::autograd::{differentiate, wanted};
 use hvd_torch::parallel_for;
-use tch::Tensor;
+use lm_kernels::Element;
+use tch::{Kind, Tensor};
 
-use super::span::{Span, sum_over_rows};
-use super::{is_served, is_vector};
+use super::linear::{Dense, Weight, linear, linear_backward};
+use super::span::{Held, Span, sum_over_rows};
+use super::{is_served, is_vector, narrow};
 use crate::{Error, Result};
 
 /// Elements that are worth a thread.
@@ -39,17 +42,44 @@ pub fn gelu(x: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         }
     })?;
     if let Some(slopes) = slopes {
-        differentiate(&inputs, &out, move |grads| backward(&slopes, &grads[0], columns))?;
+        differentiate(&inputs, &out, move |grads| Ok(Vec::from(backward::<f32>(&slopes, &grads[0], columns)?)))?;
+    }
+    let [out] = out;
+    Ok(out)
+}
+
+/// [`gelu`] of a layer's result.
+///
+/// # Errors
+/// If torch fails, for instance as shapes do not fit.
+pub fn linear_gelu(x: &Tensor, layer: Dense) -> Result<Tensor> {
+    if !layer.is_served(x) {
+        return gelu(linear(x, layer.weight, Some(layer.bias))?, None);
+    }
+    if x.kind() != Kind::BFloat16 {
+        return gelu(linear(x, layer.weight, None)?, Some(layer.bias));
+    }
+    let (kept, input) = (Weight::of(layer.weight), x.detach());
+    let inputs = [x, layer.weight, layer.bias];
+    let (out, slopes) = narrow::linear_gelu(&input, &kept.values, &layer.bias.detach(), wanted(inputs))?;
+    let out = [out];
+    if let Some(slopes) = slopes {
+        let columns = layer.bias.numel();
+        differentiate(&inputs, &out, move |grads| {
+            let [grad, of_bias] = backward::<bf16>(&slopes, &grads[0], columns)?;
+            let [of_x, of_weight] = linear_backward(&grad, &input, &kept)?;
+            Ok(vec![of_x, of_weight, of_bias])
+        })?;
     }
     let [out] = out;
     Ok(out)
 }
 
 /// The gradients of `x` and of the bias.
-fn backward(slopes: &Tensor, grad: &Tensor, columns: usize) -> hvd_torch::Result<Vec<Tensor>> {
+fn backward<E: Element + Held>(slopes: &Tensor, grad: &Tensor, columns: usize) -> hvd_torch::Result<[Tensor; 2]> {
     let grad = grad.f_contiguous()?;
     let out = slopes.f_empty_like()?;
-    let (slopes, given, to) = (Span::of(slopes), Span::of(&grad), Span::of(&out));
+    let (slopes, given, to) = (Span::<E>::of(slopes), Span::<E>::of(&grad), Span::<E>::of(&out));
     let sums = sum_over_rows(out.numel() / columns, columns, &|rows, sums| {
         let range = rows.start * columns..rows.end * columns;
         // SAFETY: each range of `out` is written by one thread, the others are only read.
@@ -57,5 +87,5 @@ fn backward(slopes: &Tensor, grad: &Tensor, columns: usize) -> hvd_torch::Result
             lm_kernels::gelu_backward(slopes.read(range.clone()), given.read(range.clone()), to.write(range), sums);
         }
     })?;
-    Ok(vec![out, sums])
+    Ok([out, sums])
 }

@@ -1,13 +1,16 @@
 //! Causal attention that reads queries, keys and values where they lie, computes no score of a key that is not seen (but within a
 //! block), and keeps no weights: the backward pass computes them again from each row's sum (Dao et al., 2022, FlashAttention).
 
+use std::ops::Range;
+
+use half::bf16;
 use hvd_torch::autograd::differentiate;
-use hvd_torch::parallel_for;
+use hvd_torch::{block, parallel_for};
 use lm_kernels::Mask;
 use tch::{Device, Kind, Tensor};
 
-use super::is_served;
 use super::span::{Matrix, Span};
+use super::{holds, is_served, narrow};
 use crate::model::{Dropout, causal_mask};
 use crate::{Error, Result};
 
@@ -32,27 +35,39 @@ const BLOCK: usize = 64;
 /// If the shape is another; if torch fails.
 pub fn causal_attention(qkv: &Tensor, heads: usize, dropout: &Dropout) -> Result<Tensor> {
     let shape = Shape::of(qkv, heads)?;
-    if !is_served(qkv) {
+    let narrow = serves_narrow(qkv, &shape);
+    if !narrow && !is_served(qkv) {
         return split_attention(qkv, &shape, dropout);
     }
     let masks = dropout.masks_of(shape.b)?;
     let qkv_values = qkv.detach();
     let (b, t, d, h) = (shape.b as i64, shape.t as i64, shape.d as i64, heads as i64);
-    let out = Tensor::f_empty([b, t, d], (Kind::Float, qkv.device()))?;
+    let out = Tensor::f_empty([b, t, d], (qkv.kind(), qkv.device()))?;
     let log_sums = Tensor::f_empty([b, h, t], (Kind::Float, qkv.device()))?;
-    shape.forward(&qkv_values, &out, &log_sums, masks.as_deref())?;
+    match narrow {
+        true => narrow::attention::forward(&shape, &qkv_values, &out, &log_sums, masks.as_deref())?,
+        false => shape.forward(&qkv_values, &out, &log_sums, masks.as_deref())?,
+    }
     // What backward keeps must not hold the result's node, which holds it.
     let out_values = out.detach();
     let out = [out];
     differentiate(&[qkv], &out, move |grads| {
         let saved = [&qkv_values, &out_values, &log_sums];
-        Ok(vec![shape.backward(saved, &grads[0], masks.as_deref())?])
+        Ok(vec![match narrow {
+            true => narrow::attention::backward(&shape, saved, &grads[0], masks.as_deref())?,
+            false => shape.backward(saved, &grads[0], masks.as_deref())?,
+        }])
     })?;
     let [out] = out;
     Ok(out)
 }
 
-/// The same where this file's loops do not apply. 16 bits with dropout on the CPU do without torch's function, which would keep the weights.
+/// Whether the loops of bf16 serve it: their products want pairs.
+fn serves_narrow(qkv: &Tensor, shape: &Shape) -> bool {
+    block::is_served() && holds::<bf16>(qkv) && shape.width().is_multiple_of(2)
+}
+
+/// The same where these loops do not apply. 16 bits with dropout on the CPU do without torch's function, which would keep the weights.
 fn split_attention(qkv: &Tensor, shape: &Shape, dropout: &Dropout) -> Result<Tensor> {
     let Shape { b, t, d, heads, .. } = *shape;
     let narrow = matches!(qkv.kind(), Kind::BFloat16 | Kind::Half);
@@ -94,23 +109,34 @@ fn dropping_attention([q, k, v]: [&Tensor; 3], attend: &Attend, dropout: &Dropou
 }
 
 #[derive(Clone, Copy)]
-struct Shape {
+pub(super) struct Shape {
     /// Sequences.
-    b: usize,
+    pub(super) b: usize,
     /// Positions of a sequence.
-    t: usize,
+    pub(super) t: usize,
     /// Width of the result.
-    d: usize,
-    heads: usize,
+    pub(super) d: usize,
+    pub(super) heads: usize,
 }
 
 /// One head of one sequence.
-struct Head {
+pub(super) struct Head {
     /// Its first query's place in (B, T, 3·D), and in (B, T, D).
-    qkv: usize,
-    out: usize,
+    pub(super) qkv: usize,
+    pub(super) out: usize,
     /// Its first row's place in (B, H, T).
-    row: usize,
+    pub(super) row: usize,
+    /// The sequence's first row of B·T.
+    position: usize,
+    /// The head's first column of D.
+    pub(super) column: usize,
+}
+
+impl Head {
+    /// Some positions' rows of B·T.
+    pub(super) fn at(&self, positions: Range<usize>) -> Range<usize> {
+        self.position + positions.start..self.position + positions.end
+    }
 }
 
 impl Shape {
@@ -130,33 +156,34 @@ impl Shape {
         }
     }
 
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.d / self.heads
     }
 
-    fn scale(&self) -> f32 {
+    pub(super) fn scale(&self) -> f32 {
         1.0 / (self.width() as f32).sqrt()
     }
 
-    fn head(&self, index: usize) -> Head {
+    pub(super) fn head(&self, index: usize) -> Head {
         let (sequence, head) = (index / self.heads, index % self.heads);
-        let out = sequence * self.t * self.d + head * self.width();
-        Head { qkv: sequence * self.t * 3 * self.d + head * self.width(), out, row: index * self.t }
+        let (position, column) = (sequence * self.t, head * self.width());
+        let (qkv, out) = (position * 3 * self.d + column, position * self.d + column);
+        Head { qkv, out, row: index * self.t, position, column }
     }
 
     /// Rows `from..to` of the queries (0), keys (1) or values (2) of a head.
-    fn part(&self, qkv: &Span, head: &Head, which: usize, from: usize, to: usize) -> Matrix {
+    fn part(&self, qkv: &Span<f32>, head: &Head, which: usize, from: usize, to: usize) -> Matrix {
         let stride = 3 * self.d;
         qkv.matrix(head.qkv + which * self.d + from * stride, to - from, self.width(), stride)
     }
 
     /// Rows `from..to` of the results of a head.
-    fn result(&self, out: &Span, head: &Head, from: usize, to: usize) -> Matrix {
+    fn result(&self, out: &Span<f32>, head: &Head, from: usize, to: usize) -> Matrix {
         out.matrix(head.out + from * self.d, to - from, self.width(), self.d)
     }
 
     /// The mask of a block of weights, whose first row is that of this query.
-    fn mask(&self, masks: Option<&[Mask]>, head: &Head, query: usize) -> Option<Mask> {
+    pub(super) fn mask(&self, masks: Option<&[Mask]>, head: &Head, query: usize) -> Option<Mask> {
         let rows = self.heads * self.t;
         masks.map(|masks| masks[head.row / rows].from_row(head.row % rows + query))
     }
@@ -176,7 +203,7 @@ impl Shape {
                         let (q, k) = (self.part(&qkv, &head, 0, from, to), self.part(&qkv, &head, 1, 0, to));
                         weights.product(self.scale(), q, k.t(), 0.0);
                         let sums = log_sums.write(head.row + from..head.row + to);
-                        lm_kernels::causal_softmax(block, to, from, sums);
+                        lm_kernels::causal_softmax(block, to, from, 1.0, sums);
                         if let Some(mask) = self.mask(masks, &head, from) {
                             lm_kernels::drop_weights(block, to, from, mask);
                         }
@@ -217,7 +244,7 @@ impl Shape {
                         let outside = self.result(&grad, &head, from, to);
                         let rows = head.row + from..head.row + to;
                         Matrix::of(block, to).product(self.scale(), q, k.t(), 0.0);
-                        lm_kernels::causal_weights(block, to, from, log_sums.read(rows.clone()));
+                        lm_kernels::causal_weights(block, to, from, 1.0, log_sums.read(rows.clone()));
                         Matrix::of(block_grads, to).product(1.0, outside, v.t(), 0.0);
                         lm_kernels::causal_softmax_backward(
                             block,

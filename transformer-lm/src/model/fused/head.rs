@@ -2,13 +2,13 @@
 //! states and of the weights, and are forgotten (Hsu et al., 2024, Liger kernel).
 
 use hvd_torch::autograd::{differentiate, wanted};
-use hvd_torch::{Autocast, parallel_for};
+use hvd_torch::parallel_for;
 use lm_kernels::{Loss, Target};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::is_served;
 use super::linear::Weight;
 use super::span::Span;
+use super::{is_quick, narrow};
 use crate::{Error, Result};
 
 /// The most elements of the logits that exist at a time: 128 MiB. With fewer rows the gradient of the weights, which every piece is
@@ -38,8 +38,7 @@ pub struct HeadLoss {
     pub correct: Option<i64>,
 }
 
-/// The summed cross-entropy of `hidden · weightᵀ`, (N, D) by (vocabulary, D), against `targets` (N), int64. None where it is not served:
-/// for other types and devices, and under autocast.
+/// The summed cross-entropy of `hidden · weightᵀ`, (N, D) by (vocabulary, D), against `targets` (N), int64. None where it is not served.
 ///
 /// # Errors
 /// A target that is not in the vocabulary, shapes that do not fit; if torch fails.
@@ -49,7 +48,7 @@ pub fn linear_cross_entropy(
     targets: &Tensor,
     options: HeadOptions,
 ) -> Result<Option<HeadLoss>> {
-    if !is_served(hidden) || !is_served(weight) || Autocast::is_on(Device::Cpu) {
+    if !is_quick(hidden, weight) {
         return Ok(None);
     }
     let (&[rows, width], &[vocabulary, same]) = (&hidden.size()[..], &weight.size()[..]) else {
@@ -59,6 +58,9 @@ pub fn linear_cross_entropy(
         return Err(misfit(hidden, weight, targets));
     }
     let targets = read_targets(targets, vocabulary, options.ignore_index)?;
+    if hidden.kind() == Kind::BFloat16 {
+        return narrow::linear_cross_entropy(hidden, weight, &targets, options).map(Some);
+    }
     let wanted = wanted([hidden, weight]);
     let pieces = targets.len().div_ceil((LOGITS / vocabulary as usize).max(1));
     let rows = targets.len().div_ceil(pieces);
@@ -81,7 +83,7 @@ pub fn linear_cross_entropy(
 }
 
 /// `sum += factor · values`
-fn add_scaled(sum: &Tensor, factor: f32, values: &Tensor) -> hvd_torch::Result<()> {
+pub(super) fn add_scaled(sum: &Tensor, factor: f32, values: &Tensor) -> hvd_torch::Result<()> {
     let (into, from) = (Span::of(sum), Span::of(values));
     parallel_for(sum.numel(), GRAIN, &|range| {
         // SAFETY: each range is written by one thread.
@@ -149,20 +151,20 @@ impl Head {
     /// The losses of some rows, and the gradients of their logits in place of these.
     fn judge(&self, logits: &Tensor, start: usize, targets: &[Target]) -> Result<()> {
         let loss = Loss { smoothing: self.options.smoothing as f32, gradient: self.gradients.is_some() };
-        let (columns, logits, losses) = (logits.size()[1] as usize, Span::of(logits), Span::of(&self.losses));
+        let (columns, logits, losses) = (logits.size()[1] as usize, Span::<f32>::of(logits), Span::of(&self.losses));
         parallel_for(targets.len(), 1, &|range| {
             // SAFETY: a row and its loss are written by one thread.
             let (logits, losses) = unsafe {
                 let losses = losses.write(start + range.start..start + range.end);
                 (logits.write(range.start * columns..range.end * columns), losses)
             };
-            lm_kernels::cross_entropy(logits, columns, &targets[range], loss, losses);
+            lm_kernels::cross_entropy(logits, [columns; 2], &targets[range], loss, losses);
         })?;
         Ok(())
     }
 }
 
-fn count_correct(logits: &Tensor, targets: &[Target]) -> Result<i64> {
+pub(super) fn count_correct(logits: &Tensor, targets: &[Target]) -> Result<i64> {
     let likeliest = Vec::<i64>::try_from(logits.f_argmax(1, false)?)?;
     Ok(likeliest.iter().zip(targets).filter(|(found, target)| target.is_some_and(|t| t as i64 == **found)).count()
         as i64)

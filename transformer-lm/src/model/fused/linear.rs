@@ -1,16 +1,19 @@
 //! Dense layers, and gradients of weights that are added where they are kept.
 
+use half::bf16;
 use hvd_torch::autograd::{accumulate, differentiate, wanted};
 use hvd_torch::parallel_for;
-use tch::Tensor;
+use lm_kernels::Element;
+use tch::{Kind, Tensor};
 
-use super::span::{Span, sum_over_rows};
-use super::{is_quick, is_served, is_vector};
+use super::narrow;
+use super::span::{Held, Span, sum_over_rows};
+use super::{is_quick, is_served, is_vector, kind_of_products};
 use crate::{Error, Result};
 
 /// A weight as a backward pass needs it.
 pub(super) struct Weight {
-    values: Tensor,
+    pub(super) values: Tensor,
     /// The weight itself, where it is one that keeps its gradient.
     leaf: Option<Tensor>,
 }
@@ -47,7 +50,7 @@ pub struct Dense<'a> {
 impl Dense<'_> {
     /// Whether the functions here serve it with this input.
     pub(super) fn is_served(&self, x: &Tensor) -> bool {
-        [x, self.weight, self.bias].into_iter().all(is_quick)
+        is_quick(x, self.weight) && is_served(self.bias)
     }
 }
 
@@ -57,12 +60,16 @@ impl Dense<'_> {
 /// If torch fails, for instance as shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
-    if !wanted(inputs.iter().copied()) || !inputs.iter().copied().all(is_quick) {
+    let is_narrow = x.kind() == Kind::BFloat16;
+    if !is_quick(x, weight) || !bias.is_none_or(is_served) || !(is_narrow || wanted(inputs.iter().copied())) {
         return Ok(x.f_linear(weight, bias)?);
     }
     let kept = Weight::of(weight);
     let (input, bias_values) = (x.detach(), bias.map(Tensor::detach));
-    let out = [input.f_linear(&kept.values, bias_values.as_ref())?];
+    let out = [match is_narrow {
+        true => narrow::linear(&input, &kept.values, bias_values.as_ref())?,
+        false => input.f_linear(&kept.values, bias_values.as_ref())?,
+    }];
     let with_bias = bias.is_some();
     differentiate(&inputs, &out, move |grads| {
         let grad = grads[0].f_contiguous()?;
@@ -78,6 +85,9 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 
 /// The gradients of input and weight.
 pub(super) fn linear_backward(grad: &Tensor, x: &Tensor, weight: &Weight) -> hvd_torch::Result<[Tensor; 2]> {
+    if x.kind() == Kind::BFloat16 {
+        return narrow::linear_backward(grad, x, weight, None);
+    }
     let grad = rows_of(grad)?;
     let of_x = grad.f_mm(&weight.values)?.f_view(&*x.size())?;
     let of_weight = weight.gradient(|mut sum| {
@@ -112,20 +122,30 @@ pub(super) fn add_product(residual: &Tensor, x: &Tensor, weight: &Weight, bias: 
     if !is_vector(bias, residual) {
         return Err(Error::Config(format!("a bias of {bias:?} for {residual:?}")));
     }
+    if x.kind() == Kind::BFloat16 {
+        return narrow::add_product(&residual.detach(), x, &weight.values, &bias.detach());
+    }
     let sum = residual.detach().f_add(&bias.detach())?;
     let _ = rows_of(&sum)?.f_addmm_(&rows_of(x)?, &weight.values.f_tr()?)?;
     Ok(sum)
 }
 
 /// A matrix whose rows are those of the last dimension.
-fn rows_of(tensor: &Tensor) -> hvd_torch::Result<Tensor> {
+pub(super) fn rows_of(tensor: &Tensor) -> hvd_torch::Result<Tensor> {
     Ok(tensor.f_view([-1, tensor.size().last().copied().unwrap_or(1)])?)
 }
 
-/// The sum of all rows of the last dimension.
-fn sum_rows(grad: &Tensor) -> hvd_torch::Result<Tensor> {
+/// The sum of all rows of the last dimension, in f32.
+pub(super) fn sum_rows(grad: &Tensor) -> hvd_torch::Result<Tensor> {
+    match grad.kind() {
+        Kind::BFloat16 => sum_rows_of::<bf16>(grad),
+        _ => sum_rows_of::<f32>(grad),
+    }
+}
+
+fn sum_rows_of<E: Element + Held>(grad: &Tensor) -> hvd_torch::Result<Tensor> {
     let columns = grad.size().last().map_or(1, |columns| *columns as usize);
-    let values = Span::of(grad);
+    let values = Span::<E>::of(grad);
     sum_over_rows(grad.numel() / columns, columns, &|rows, sums| {
         // SAFETY: the gradient is only read.
         lm_kernels::add_rows(unsafe { values.read(rows.start * columns..rows.end * columns) }, sums);
@@ -137,7 +157,7 @@ fn sum_rows(grad: &Tensor) -> hvd_torch::Result<Tensor> {
 /// # Errors
 /// Where an id is not in the vocabulary; if torch fails.
 pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    if !wanted([weight]) || !is_quick(weight) {
+    if !wanted([weight]) || kind_of_products().is_none() || !is_served(weight) {
         return Ok(Tensor::f_embedding(weight, ids, -1, false, false)?);
     }
     let kept = Weight::of(weight);
@@ -157,7 +177,7 @@ const COLUMNS: usize = 128;
 /// Adds rows to those of `sum` that `ids` say; each thread takes some columns.
 fn add_to_rows(sum: &Tensor, ids: &[i64], rows: &Tensor) -> hvd_torch::Result<()> {
     let columns = sum.size()[1] as usize;
-    let (into, from) = (Span::of(sum), Span::of(rows));
+    let (into, from) = (Span::of(sum), Span::<f32>::of(rows));
     parallel_for(columns, COLUMNS, &|part| {
         for (row, id) in ids.iter().enumerate() {
             let place = |row: usize| row * columns + part.start..row * columns + part.end;

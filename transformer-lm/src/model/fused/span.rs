@@ -3,10 +3,12 @@
 use std::ffi::c_char;
 use std::ops::Range;
 
+use half::bf16;
 use hvd_torch::parallel_for;
+use lm_kernels::{Pair, Window};
 use tch::{Device, Kind, Tensor};
 
-use super::is_served;
+use super::holds;
 
 /// The most ranges that [`sum_over_rows`] sums apart.
 const PARTS: usize = 32;
@@ -36,29 +38,47 @@ pub(super) fn sum_over_rows(
     Ok(total)
 }
 
-/// The elements of a contiguous f32 tensor, which lives as long as this does.
-pub(in crate::model) struct Span {
-    data: *mut f32,
+/// What a tensor can hold, as these loops see it.
+pub(in crate::model) trait Held: Copy + Send + Sync + 'static {
+    /// The tensor's kind.
+    const KIND: Kind;
+}
+
+impl Held for f32 {
+    const KIND: Kind = Kind::Float;
+}
+
+impl Held for bf16 {
+    const KIND: Kind = Kind::BFloat16;
+}
+
+impl Held for Pair {
+    const KIND: Kind = Kind::Int;
+}
+
+/// The elements of a contiguous tensor, which lives as long as this does.
+pub(in crate::model) struct Span<T> {
+    data: *mut T,
     len: usize,
     _tensor: Tensor,
 }
 
 // SAFETY: several threads may read at once; whoever writes says that nobody else uses the same elements.
-unsafe impl Sync for Span {}
+unsafe impl<T: Held> Sync for Span<T> {}
 
-impl Span {
+impl<T: Held> Span<T> {
     /// # Panics
-    /// If the tensor is not one that [`is_served`].
-    pub(in crate::model) fn of(tensor: &Tensor) -> Span {
-        assert!(is_served(tensor));
-        Span { data: tensor.data_ptr().cast(), len: tensor.numel(), _tensor: tensor.shallow_clone() }
+    /// If the tensor is not one that [`holds`] such elements.
+    pub(in crate::model) fn of(tensor: &Tensor) -> Self {
+        assert!(holds::<T>(tensor));
+        Self { data: tensor.data_ptr().cast(), len: tensor.numel(), _tensor: tensor.shallow_clone() }
     }
 
     /// Some of the elements.
     ///
     /// # Safety
     /// Nobody writes to them while the slice lives.
-    pub(in crate::model) unsafe fn read(&self, range: Range<usize>) -> &[f32] {
+    pub(in crate::model) unsafe fn read(&self, range: Range<usize>) -> &[T] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: within the tensor's elements; the rest is the caller's promise.
         unsafe { std::slice::from_raw_parts(self.data.add(range.start), range.len()) }
@@ -68,7 +88,7 @@ impl Span {
     ///
     /// # Safety
     /// As for [`Span::read`].
-    pub(in crate::model) unsafe fn all(&self) -> &[f32] {
+    pub(in crate::model) unsafe fn all(&self) -> &[T] {
         // SAFETY: the caller's promise.
         unsafe { self.read(0..self.len) }
     }
@@ -78,17 +98,35 @@ impl Span {
     /// # Safety
     /// Nobody else reads or writes them while the slice lives.
     #[allow(clippy::mut_from_ref)] // the threads of a loop share the span and write to parts of their own
-    pub(in crate::model) unsafe fn write(&self, range: Range<usize>) -> &mut [f32] {
+    pub(in crate::model) unsafe fn write(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
     }
 
-    /// A matrix of `rows` × `columns` from element `start` on, whose rows begin `stride` elements apart.
-    pub(super) fn matrix(&self, start: usize, rows: usize, columns: usize, stride: usize) -> Matrix {
+    /// The place of an element, the first of `rows` × `columns` whose rows begin `stride` elements apart.
+    pub(super) fn place(&self, start: usize, rows: usize, columns: usize, stride: usize) -> *mut T {
         assert!(rows > 0 && columns > 0 && columns <= stride && start + (rows - 1) * stride + columns <= self.len);
         // SAFETY: within the tensor's elements, as was just checked.
-        Matrix { data: unsafe { self.data.add(start) }, rows, columns, stride, transposed: false }
+        unsafe { self.data.add(start) }
+    }
+
+    /// Rows `rows` and columns `columns` of a matrix that is `width` wide and begins with the first element.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes these elements while the window lives, unless both only read.
+    pub(super) unsafe fn window(&self, rows: Range<usize>, columns: Range<usize>, width: usize) -> Window<'_, T> {
+        let first = self.place(rows.start * width + columns.start, rows.len(), columns.len(), width);
+        // SAFETY: within the tensor's elements; the rest is the caller's promise.
+        unsafe { Window::new(first, rows.len(), columns.len(), width) }
+    }
+}
+
+impl Span<f32> {
+    /// A matrix of `rows` × `columns` from element `start` on, whose rows begin `stride` elements apart.
+    pub(super) fn matrix(&self, start: usize, rows: usize, columns: usize, stride: usize) -> Matrix {
+        let data = self.place(start, rows, columns, stride);
+        Matrix { data, rows, columns, stride, transposed: false }
     }
 }
 
