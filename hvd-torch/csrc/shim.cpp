@@ -376,9 +376,8 @@ int hvd_add_transposed_product(int rows, int columns, int depth, float alpha, co
   });
 }
 
-// The product of two blocks, by the routine that oneDNN makes for libtorch's own kernels:
 
-// `c = a·b`, or `c += a·b`: `a` is m x k row by row, `b` has pairs of rows of a k x n matrix, `c` is m x n of f32; `ld*` are the elements
+// `c = a·b`, or `c += a·b`, by the routine that oneDNN makes for libtorch's own kernels: `a` is m x k row by row, `b` has pairs of rows of a k x n matrix, `c` is m x n of f32; `ld*` are the elements
 // from one row to the next, in `b` from one pair of rows' columns to the next pair's.
 int hvd_block_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, int add, const void* a,
                       const void* b, float* c) {

@@ -42,7 +42,7 @@ impl Iterator for Tasks<'_> {
 /// do, takes fewer. `body` runs once on each thread that takes part, and should take tasks until there are none.
 ///
 /// # Errors
-/// If `body` panics, which is caught; the task that it was at is lost, the others are served all the same.
+/// If `body` panics, which is caught. The task that it was at is lost, and those that no other thread was there to take.
 pub fn share_tasks(count: usize, body: &(dyn Fn(Tasks) + Sync)) -> Result<()> {
     let next = AtomicUsize::new(0);
     let threads = (tch::get_num_threads().max(1) as usize).min(count);

@@ -179,6 +179,57 @@ proptest! {
     }
 }
 
+/// Small whole numbers, so that every sum is exact.
+fn whole(seed: i64, shape: &[i64]) -> Tensor {
+    drawn(seed, || Tensor::randint_low(-3, 4, shape, (Kind::Float, Device::Cpu)))
+}
+
+/// So deep that sums are made in several parts, with and without an element that has no neighbour.
+#[test]
+fn whole_numbers_are_multiplied_exactly_on_any_number_of_threads() {
+    if !is_served() {
+        return;
+    }
+    for (rows, inputs, outputs) in [(1, 1, 1), (300, 1025, 70), (65, 2050, 129), (270, 5001, 200)] {
+        let (x, weight) = (whole(1, &[rows, inputs]), whole(2, &[outputs, inputs]));
+        let (bias, residual) = (whole(3, &[outputs]), whole(4, &[rows, outputs]));
+        let expected = x.linear(&weight, Some(&bias));
+        for threads in [1, 2, 3] {
+            tch::set_num_threads(threads);
+            let weight = weight.copy().set_requires_grad(true);
+            let given = x.to_kind(Kind::BFloat16).set_requires_grad(true);
+            let (y, sum) = {
+                let _autocast = Autocast::enter(Device::Cpu, Kind::BFloat16).unwrap();
+                let sum =
+                    add_linear(&residual, &given, dense(&[weight.shallow_clone(), bias.shallow_clone()])).unwrap();
+                (linear(&given, &weight, Some(&bias)).unwrap(), sum)
+            };
+            assert!(y.equal(&expected.to_kind(Kind::BFloat16)) && sum.equal(&(&expected + &residual)));
+            let outside = whole(5, &[rows, outputs]);
+            autograd::backward(&[(&y, Some(&outside.to_kind(Kind::BFloat16)))], true).unwrap();
+            autograd::backward(&[(&y, Some(&outside.to_kind(Kind::BFloat16)))], false).unwrap();
+            let of_x = outside.matmul(&weight.detach()).to_kind(Kind::BFloat16);
+            assert!(given.grad().equal(&(of_x * 2.0)) && weight.grad().equal(&(outside.tr().matmul(&x) * 2.0)));
+        }
+    }
+}
+
+/// Gradients are kept where they were before, however they lie.
+#[test]
+fn a_gradient_that_lies_otherwise_is_added_to() {
+    let weight = whole(1, &[6, 4]).set_requires_grad(true);
+    let held = whole(2, &[4, 6]).tr();
+    hvd_torch::set_grad(&weight, Some(&held)).unwrap();
+    let x = whole(3, &[5, 4]);
+    let y = {
+        let _autocast = Autocast::enter(Device::Cpu, Kind::BFloat16).unwrap();
+        linear(&x.to_kind(Kind::BFloat16), &weight, None).unwrap()
+    };
+    autograd::backward(&[(&y, Some(&y.ones_like()))], false).unwrap();
+    let expected = whole(2, &[4, 6]).tr() + Tensor::ones([6, 5], (Kind::Float, Device::Cpu)).matmul(&x);
+    assert!(weight.grad().equal(&expected));
+}
+
 /// So many logits that they are computed in pieces: the gradients of the weights come from all of them.
 #[test]
 fn a_head_in_pieces_gives_the_same() {
@@ -232,6 +283,11 @@ fn what_does_not_fit_is_an_error() {
     assert!(linear(&narrow(&[5, 4]), &floats(&[6, 3]), None).is_err());
     assert!(linear(&narrow(&[5, 4]), &floats(&[6, 4]), Some(&floats(&[5]))).is_err());
     assert!(linear_gelu(&narrow(&[5, 4]), dense(&[floats(&[6, 4]), floats(&[5])])).is_err());
+    let mlp = |down: &[i64]| {
+        let layers = [floats(&[6, 4]), floats(&[6]), floats(down), floats(&[4])];
+        add_mlp(&floats(&[5, 4]), &narrow(&[5, 4]), [dense(&layers), dense(&layers[2..])]).map(drop)
+    };
+    assert!(mlp(&[4, 6]).is_ok() && mlp(&[24]).is_err() && mlp(&[4, 2, 3]).is_err() && mlp(&[4, 5]).is_err());
     let add = |residual: &[i64], bias: &[i64]| {
         add_linear(&floats(residual), &narrow(&[5, 4]), dense(&[floats(&[6, 4]), floats(bias)])).map(drop)
     };

@@ -1,8 +1,8 @@
 //! Compiles a loop several times, for several instruction sets, and picks one at run time.
 //!
-//! The loops are plain Rust that the compiler vectorises. They do the same IEEE operations in the same order whatever
-//! the width, and Rust never contracts a multiplication and an addition that the loop does not ask it to (`mul_add`), so that the bits do
-//! not depend on the CPU.
+//! The loops are plain Rust that the compiler vectorises. They do the same IEEE operations in the same order whatever the width, and Rust
+//! never contracts a multiplication and an addition that the loop does not ask it to (`mul_add`), so that the bits do not depend on the
+//! CPU. A CPU without FMA calls the C library for each `mul_add`.
 
 /// A loop over elements. [`Kernel::run`] and all that it calls must be `#[inline(always)]`, or else they are compiled
 /// for the baseline only.

@@ -4,7 +4,7 @@
 use half::bf16;
 
 use super::activation::{gate, slope};
-use super::{Element, PANEL, Window};
+use super::{Element, PANEL, View, Window};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
 /// `out = sums + bias`.
@@ -17,20 +17,14 @@ pub fn store<E: Element>(sums: &[f32], bias: Option<&[f32]>, out: Window<E>) {
 }
 
 /// `out = sums · factors`.
-pub fn multiply_by(factors: Window<bf16>, sums: &[f32], out: Window<bf16>) {
+pub fn multiply_by(factors: View<bf16>, sums: &[f32], out: Window<bf16>) {
     check(sums, None, out.shape());
     check(sums, None, factors.shape());
     dispatch(MultiplyBy { factors, sums, out });
 }
 
-/// `out += factor · sums`.
-pub fn accumulate(sums: &[f32], factor: f32, out: Window<f32>) {
-    check(sums, None, out.shape());
-    dispatch(Accumulate { sums, factor, out });
-}
-
 /// `out = base + (sums + bias)`.
-pub fn add_to(base: Window<f32>, sums: &[f32], bias: &[f32], out: Window<f32>) {
+pub fn add_to(base: View<f32>, sums: &[f32], bias: &[f32], out: Window<f32>) {
     check(sums, Some(bias), out.shape());
     check(sums, Some(bias), base.shape());
     dispatch(AddTo { base, sums, bias, out });
@@ -84,7 +78,7 @@ impl<E: Element> Kernel for Store<'_, E> {
 }
 
 struct MultiplyBy<'a> {
-    factors: Window<'a, bf16>,
+    factors: View<'a, bf16>,
     sums: &'a [f32],
     out: Window<'a, bf16>,
 }
@@ -101,25 +95,8 @@ impl Kernel for MultiplyBy<'_> {
     }
 }
 
-struct Accumulate<'a> {
-    sums: &'a [f32],
-    factor: f32,
-    out: Window<'a, f32>,
-}
-
-impl Kernel for Accumulate<'_> {
-    #[inline(always)]
-    fn run<I: Isa>(mut self) {
-        for (at, sums) in block_rows(self.sums) {
-            for (out, sum) in self.out.row(at).iter_mut().zip(sums) {
-                *out += self.factor * sum;
-            }
-        }
-    }
-}
-
 struct AddTo<'a> {
-    base: Window<'a, f32>,
+    base: View<'a, f32>,
     sums: &'a [f32],
     bias: &'a [f32],
     out: Window<'a, f32>,
@@ -173,7 +150,7 @@ impl<const SLOPES: bool> Kernel for Gelu<'_, SLOPES> {
 mod tests {
     use super::super::tests::{check_levels, numbers};
     use super::*;
-    use hvd_kernels::simd::{Level, dispatch_at};
+    use hvd_kernels::simd::dispatch_at;
 
     const ROWS: usize = 3;
     const COLUMNS: usize = 53;
@@ -191,33 +168,35 @@ mod tests {
         let (sums, bias) = (&numbers(ROWS * PANEL)[..], &numbers(COLUMNS)[..]);
         check_levels(|level| {
             let [mut stored, mut given, mut slopes, mut alone] = [(); 4].map(|()| elements::<bf16>());
-            let [mut sum, mut plain, mut base, mut added] = [(); 4].map(|()| elements::<f32>());
+            let [mut plain, base, mut added] = [(); 3].map(|()| elements::<f32>());
             dispatch_at(level, Store { sums, bias: Some(bias), out: Window::of(&mut stored, COLUMNS) });
             dispatch_at(level, Store { sums, bias: None, out: Window::of(&mut plain, COLUMNS) });
-            dispatch_at(level, Accumulate { sums, factor: 0.3, out: Window::of(&mut sum, COLUMNS) });
-            let (from, out) = (Window::of(&mut base, COLUMNS), Window::of(&mut added, COLUMNS));
+            let (from, out) = (View::of(&base, COLUMNS), Window::of(&mut added, COLUMNS));
             dispatch_at(level, AddTo { base: from, sums, bias, out });
             let (out, of_slopes) = (Window::of(&mut given, COLUMNS), Window::of(&mut slopes, COLUMNS));
             dispatch_at(level, Gelu::<true> { sums, bias, out, slopes: of_slopes });
             let (out, nothing) = (Window::of(&mut alone, COLUMNS), Window::of(&mut [], 1));
             dispatch_at(level, Gelu::<false> { sums, bias, out, slopes: nothing });
             assert_eq!(given, alone);
-            let (factors, out) = (Window::of(&mut given, COLUMNS), Window::of(&mut alone, COLUMNS));
+            let (factors, out) = (View::of(&given, COLUMNS), Window::of(&mut alone, COLUMNS));
             dispatch_at(level, MultiplyBy { factors, sums, out });
-            [sum, plain, added, widened(&stored), widened(&given), widened(&alone), widened(&slopes)].concat()
+            [plain, added, widened(&stored), widened(&given), widened(&alone), widened(&slopes)].concat()
         });
     }
 
     #[test]
     fn a_block_is_finished_column_by_column() {
         let (sums, bias) = (&numbers(ROWS * PANEL)[..], &numbers(COLUMNS)[..]);
-        let (mut stored, mut sum) = (elements::<f32>(), elements::<f32>());
-        dispatch_at(Level::Baseline, Store { sums, bias: Some(bias), out: Window::of(&mut stored, COLUMNS) });
-        accumulate(sums, 2.0, Window::of(&mut sum, COLUMNS));
+        let [mut stored, mut added] = [(); 2].map(|()| elements::<f32>());
+        let mut multiplied = elements::<bf16>();
+        store(sums, Some(bias), Window::of(&mut stored, COLUMNS));
+        add_to(View::of(&elements(), COLUMNS), sums, bias, Window::of(&mut added, COLUMNS));
+        multiply_by(View::of(&elements(), COLUMNS), sums, Window::of(&mut multiplied, COLUMNS));
         for at in 0..ROWS * COLUMNS {
             let (row, column) = (at / COLUMNS, at % COLUMNS);
-            let expected = sums[row * PANEL + column];
-            assert_eq!((stored[at], sum[at]), (expected + bias[column], 0.5 + 2.0 * expected));
+            let (sum, bias) = (sums[row * PANEL + column], bias[column]);
+            assert_eq!((stored[at], added[at]), (sum + bias, 0.5 + (sum + bias)));
+            assert_eq!(multiplied[at], bf16::from_f32(0.5 * sum));
         }
     }
 }

@@ -21,12 +21,12 @@ pub use activation::{bias_gelu, gelu_backward};
 pub use attention::{causal_softmax, causal_softmax_backward, causal_weights, drop_weights, row_dots};
 pub use dropout::{Mask, mask_factors};
 pub use element::{Element, convert};
-pub use finish::{accumulate, add_to, gelu, multiply_by, store};
+pub use finish::{add_to, gelu, multiply_by, store};
 pub use loss::{Loss, Target, cross_entropy};
 pub use norm::{ColumnSums, Moments, Norm, Normalised, add_rows, add_scaled, normalise, normalise_backward};
 pub use panel::{PANEL, Pair, PanelRow, pack_columns, pack_rows, transpose};
 pub use product::{multiply, weighted_sum};
-pub use window::Window;
+pub use window::{View, Window};
 
 /// Partial results of a row that are kept side by side, so that a loop over it can use vectors, and two of them at once.
 const LANES: usize = 32;

@@ -1,13 +1,9 @@
 //! Products of a matrix with few vectors, from either side. They cost what it costs to read the matrix, which [`multiply`] takes in 16 bits
 //! too.
 
-use super::Element;
 use super::norm::AddScaled;
+use super::{Element, LANES};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
-
-/// Sums that are kept side by side, so that the compiler can use vectors; a fixed number, so that the order of summation is the same
-/// on every CPU.
-const LANES: usize = 32;
 
 /// Sums that fit into a vector of most processors.
 const VECTOR: usize = 8;

@@ -33,6 +33,7 @@ pub mod sampling;
 mod step;
 mod weights;
 
+use hvd_torch::Autocast;
 use tch::{Device, Kind, Tensor, nn};
 
 use crate::{Error, Result};
@@ -166,7 +167,7 @@ impl TransformerLM {
         Ok((logits, loss))
     }
 
-    /// The last layer's normalised output (B, T, D) for `input_ids` (B, T).
+    /// The last layer's normalised output (B, T, D) for `input_ids` (B, T). Under autocast to bf16 it may be in bf16.
     pub fn hidden(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
         let dropout = if train { self.draw_dropout(input_ids)? } else { Dropout::none() };
         self.hidden_dropping(input_ids, attention_mask, &dropout)
@@ -242,7 +243,10 @@ impl TransformerLM {
 
     /// (B, T, D) to (B, T, vocabulary), by the embedding's weights.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear::<Tensor>(&self.wte.values, None)
+        match Autocast::kind(self.device()) {
+            Some(_) => hidden.linear::<Tensor>(&self.wte.values, None),
+            None => hidden.to_kind(self.kind()).linear::<Tensor>(&self.wte.values, None),
+        }
     }
 
     /// Tokens and positions from `start` on: (B, T) to (B, T, D).

@@ -3,11 +3,11 @@
 
 use hvd_torch::autograd::{differentiate, wanted};
 use hvd_torch::parallel_for;
-use lm_kernels::{Loss, Target};
+use lm_kernels::{Element, Loss, Target};
 use tch::{Kind, Tensor};
 
 use super::linear::Weight;
-use super::span::Span;
+use super::span::{Held, Span};
 use super::{is_quick, narrow};
 use crate::{Error, Result};
 
@@ -34,7 +34,8 @@ pub struct HeadOptions {
 pub struct HeadLoss {
     /// The sum of the rows' losses in nats, a scalar.
     pub loss: Tensor,
-    /// How many rows find their target likeliest, if it was asked for.
+    /// How many rows find their target likeliest, if it was asked for. In bf16 and with gradients, logits that round to the same are equal: the first of
+    /// them is taken for the likeliest.
     pub correct: Option<i64>,
 }
 
@@ -68,7 +69,7 @@ pub fn linear_cross_entropy(
     for (index, targets) in targets.chunks(rows).enumerate() {
         head.add((index * rows) as i64, targets)?;
     }
-    let loss = head.losses.f_sum(Kind::Double)?.to_kind(Kind::Float);
+    let loss = total(&head.losses)?;
     if let Some(gradients) = head.gradients {
         let kept = Weight::of(weight);
         let backward = move |grads: &[Tensor]| {
@@ -138,7 +139,8 @@ impl Head {
         if self.options.count_correct {
             self.correct += count_correct(&logits, targets)?;
         }
-        self.judge(&logits, start as usize, targets)?;
+        let loss = Loss { smoothing: self.options.smoothing as f32, gradient: self.gradients.is_some() };
+        judge::<f32>(&logits, logits.size()[1] as usize, targets, loss, (&self.losses, start as usize))?;
         let Some([of_hidden, of_weight]) = &mut self.gradients else { return Ok(()) };
         product(&of_hidden.f_narrow(0, start, rows)?, &logits, &self.weight)?;
         match start {
@@ -147,21 +149,32 @@ impl Head {
         }
         Ok(())
     }
+}
 
-    /// The losses of some rows, and the gradients of their logits in place of these.
-    fn judge(&self, logits: &Tensor, start: usize, targets: &[Target]) -> Result<()> {
-        let loss = Loss { smoothing: self.options.smoothing as f32, gradient: self.gradients.is_some() };
-        let (columns, logits, losses) = (logits.size()[1] as usize, Span::<f32>::of(logits), Span::of(&self.losses));
-        parallel_for(targets.len(), 1, &|range| {
-            // SAFETY: a row and its loss are written by one thread.
-            let (logits, losses) = unsafe {
-                let losses = losses.write(start + range.start..start + range.end);
-                (logits.write(range.start * columns..range.end * columns), losses)
-            };
-            lm_kernels::cross_entropy(logits, [columns; 2], &targets[range], loss, losses);
-        })?;
-        Ok(())
-    }
+/// The losses of some rows from `start` on, and where they are wanted the gradients of their logits in place of these; the rows of `logits` begin with
+/// a logit for each of so many columns.
+pub(super) fn judge<E: Element + Held>(
+    logits: &Tensor,
+    columns: usize,
+    targets: &[Target],
+    loss: Loss,
+    (losses, start): (&Tensor, usize),
+) -> Result<()> {
+    let (stride, logits, losses) = (logits.size()[1] as usize, Span::<E>::of(logits), Span::of(losses));
+    parallel_for(targets.len(), 1, &|range| {
+        // SAFETY: a row and its loss are written by one thread.
+        let (logits, losses) = unsafe {
+            let losses = losses.write(start + range.start..start + range.end);
+            (logits.write(range.start * stride..range.end * stride), losses)
+        };
+        lm_kernels::cross_entropy(logits, [columns, stride], &targets[range], loss, losses);
+    })?;
+    Ok(())
+}
+
+/// The sum of the rows' losses.
+pub(super) fn total(losses: &Tensor) -> Result<Tensor> {
+    Ok(losses.f_sum(Kind::Double)?.to_kind(Kind::Float))
 }
 
 pub(super) fn count_correct(logits: &Tensor, targets: &[Target]) -> Result<i64> {

@@ -1,7 +1,7 @@
 //! Functions that are quicker on the CPU than torch's, with the same results to rounding and gradients of their own.
 //!
 //! They serve f32, and under autocast to bf16, on a processor that has products of it, bf16: weights, the residual stream and sums stay
-//! in f32, what goes into products is bf16. For other types, on other devices and where they do not apply they are torch's. A result
+//! in f32, what goes into products is bf16 (attention of bf16 needs no autocast). For other types, on other devices and where they do not apply they are torch's. A result
 //! has the same bits on every run with the same number of threads.
 
 mod activation;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use half::bf16;
 use hvd_torch::parallel_for;
-use lm_kernels::{Pair, Window};
+use lm_kernels::{Pair, View, Window};
 use tch::{Device, Kind, Tensor};
 
 use super::holds;
@@ -111,14 +111,26 @@ impl<T: Held> Span<T> {
         unsafe { self.data.add(start) }
     }
 
-    /// Rows `rows` and columns `columns` of a matrix that is `width` wide and begins with the first element.
+    /// Rows `rows` and columns `columns` of a matrix that is `width` wide and begins with the first element, to write to.
     ///
     /// # Safety
-    /// Nobody else reads or writes these elements while the window lives, unless both only read.
+    /// Nobody else reads or writes these elements while the window lives.
     pub(super) unsafe fn window(&self, rows: Range<usize>, columns: Range<usize>, width: usize) -> Window<'_, T> {
+        assert!(columns.end <= width);
         let first = self.place(rows.start * width + columns.start, rows.len(), columns.len(), width);
         // SAFETY: within the tensor's elements; the rest is the caller's promise.
         unsafe { Window::new(first, rows.len(), columns.len(), width) }
+    }
+
+    /// The same, to read.
+    ///
+    /// # Safety
+    /// Nobody writes to these elements while the view lives.
+    pub(super) unsafe fn view(&self, rows: Range<usize>, columns: Range<usize>, width: usize) -> View<'_, T> {
+        assert!(columns.end <= width);
+        let first = self.place(rows.start * width + columns.start, rows.len(), columns.len(), width);
+        // SAFETY: as above.
+        unsafe { View::new(first, rows.len(), columns.len(), width) }
     }
 }
 

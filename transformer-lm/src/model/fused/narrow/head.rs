@@ -2,11 +2,10 @@
 
 use half::bf16;
 use hvd_torch::autograd::{differentiate, wanted};
-use hvd_torch::parallel_for;
 use lm_kernels::{Element, Loss, Target};
 use tch::{Device, Kind, Tensor};
 
-use super::super::head::{HeadLoss, HeadOptions, add_scaled, count_correct};
+use super::super::head::{HeadLoss, HeadOptions, add_scaled, count_correct, judge, total};
 use super::super::linear::Weight;
 use super::super::span::{Held, Span};
 use super::product::{Left, Panels, add_transposed, product};
@@ -40,7 +39,7 @@ fn with_gradient(hidden: &Tensor, weight: &Tensor, targets: &[Target], options: 
     let of_hidden = Tensor::f_empty(hidden.size(), (Kind::Float, Device::Cpu))?;
     let mut earlier: Option<Tensor> = None;
     let mut last: Option<Piece> = None;
-    let turned = Panels::of_rows::<f32>(&kept.values)?;
+    let turned = Panels::of_rows(&kept.values)?;
     for (start, targets) in head.pieces(targets) {
         if let Some(piece) = last.take() {
             let sum = earlier.map_or_else(|| kept.values.f_zeros_like(), Ok)?;
@@ -140,20 +139,11 @@ impl Head {
             self.correct += count_correct(&logits.f_narrow(1, 0, columns as i64)?, targets)?;
         }
         let loss = Loss { smoothing: self.options.smoothing as f32, gradient };
-        let losses = Span::of(&self.losses);
-        parallel_for(rows, 1, &|range| {
-            // SAFETY: a row and its loss are written by one thread.
-            let (logits, losses) = unsafe {
-                let losses = losses.write(start + range.start..start + range.end);
-                (to.write(range.start * stride..range.end * stride), losses)
-            };
-            lm_kernels::cross_entropy(logits, [columns, stride], &targets[range], loss, losses);
-        })?;
+        judge::<E>(&logits, columns, targets, loss, (&self.losses, start))?;
         Ok(logits)
     }
 
     fn result(&self) -> Result<HeadLoss> {
-        let loss = self.losses.f_sum(Kind::Double)?.to_kind(Kind::Float);
-        Ok(HeadLoss { loss, correct: self.options.count_correct.then_some(self.correct) })
+        Ok(HeadLoss { loss: total(&self.losses)?, correct: self.options.count_correct.then_some(self.correct) })
     }
 }

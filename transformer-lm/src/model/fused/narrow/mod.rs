@@ -60,7 +60,8 @@ pub(super) fn add_product(residual: &Tensor, x: &Tensor, weight: &Tensor, bias: 
     product(&Left::rows(x)?, &Panels::of_columns(weight)?, &|block| {
         // SAFETY: as above; the residual is only read.
         unsafe {
-            let [base, out] = [&from, &to].map(|span| span.window(block.rows(), block.columns(), width));
+            let base = from.view(block.rows(), block.columns(), width);
+            let out = to.window(block.rows(), block.columns(), width);
             lm_kernels::add_to(base, block.sums, bias.read(block.columns()), out);
         }
     })?;
@@ -78,13 +79,13 @@ pub(super) fn linear_backward(
     let of_x = Tensor::f_empty(x.size(), (Kind::BFloat16, x.device()))?;
     let (to, width) = (Span::<bf16>::of(&of_x), weight.values.size()[1] as usize);
     let slopes = slopes.map(Span::<bf16>::of);
-    product(&Left::rows(&grad)?, &Panels::of_rows::<f32>(&weight.values)?, &|block| {
+    product(&Left::rows(&grad)?, &Panels::of_rows(&weight.values)?, &|block| {
         // SAFETY: as above; the slopes are only read.
         unsafe {
             let out = to.window(block.rows(), block.columns(), width);
             match &slopes {
                 Some(slopes) => {
-                    lm_kernels::multiply_by(slopes.window(block.rows(), block.columns(), width), block.sums, out);
+                    lm_kernels::multiply_by(slopes.view(block.rows(), block.columns(), width), block.sums, out);
                 }
                 None => lm_kernels::store(block.sums, None, out),
             }
@@ -97,11 +98,12 @@ pub(super) fn linear_backward(
 
 /// Room for `x · weightᵀ + bias`, and its width.
 fn result(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, kind: Kind) -> Result<(Tensor, usize)> {
+    let misfit = || Error::Config(format!("a layer of {weight:?} and {bias:?} for {x:?}"));
+    let &[width, depth] = &weight.size()[..] else { return Err(misfit()) };
     let mut size = x.size();
-    let [width, depth] = [weight.size()[0], weight.size()[1]];
     match size.last_mut() {
         Some(last) if *last == depth && bias.is_none_or(|bias| bias.size() == [width]) => *last = width,
-        _ => return Err(Error::Config(format!("a layer of {weight:?} and {bias:?} for {x:?}"))),
+        _ => return Err(misfit()),
     }
     Ok((Tensor::f_empty(size, (kind, x.device()))?, width as usize))
 }

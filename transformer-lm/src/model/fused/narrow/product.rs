@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use half::bf16;
 use hvd_torch::{block, share_tasks};
-use lm_kernels::{Element, PANEL, Pair, PanelRow};
+use lm_kernels::{PANEL, Pair, PanelRow};
 use tch::{Device, Kind, Tensor};
 
-use super::super::span::{Held, Span};
+use super::super::holds;
+use super::super::span::Span;
 
 /// Rows of a block: with its part of the left matrix they stay in a processor's second cache.
 const ROWS: usize = 256;
@@ -72,10 +73,10 @@ pub(super) struct Panels {
 }
 
 impl Panels {
-    /// Of a matrix (depth, columns).
-    pub(super) fn of_rows<E: Element + Held>(matrix: &Tensor) -> hvd_torch::Result<Panels> {
+    /// Of a matrix (depth, columns) of f32.
+    pub(super) fn of_rows(matrix: &Tensor) -> hvd_torch::Result<Panels> {
         let columns = last_dimension(matrix);
-        let (depth, from) = (matrix.numel() / columns, Span::<E>::of(matrix));
+        let (depth, from) = (matrix.numel() / columns, Span::<f32>::of(matrix));
         let panels = Panels::empty(depth, columns)?;
         // Each thread takes whole rows, which it reads as they lie.
         share_tasks(depth.div_ceil(STRIP), &|strips| {
@@ -248,6 +249,12 @@ pub(super) fn add_transposed(
     [columns, stride]: [usize; 2],
     right: &Tensor,
 ) -> hvd_torch::Result<()> {
+    if !holds::<f32>(sum) {
+        let apart = Tensor::f_zeros(sum.size(), (Kind::Float, Device::Cpu))?;
+        add_transposed(&apart, factor, left, [columns, stride], right)?;
+        let _ = sum.shallow_clone().f_add_(&apart)?;
+        return Ok(());
+    }
     let width = last_dimension(right);
     let depth = right.numel() / width;
     let (to, left, right) = (Span::<f32>::of(sum), Span::<bf16>::of(left), Span::<bf16>::of(right));
@@ -259,10 +266,16 @@ pub(super) fn add_transposed(
     }
 }
 
-/// Runs a loop that multiplies, and gives back what its products hold of the processor.
+/// Runs a loop that multiplies, and gives back what its products hold of the processor, also where it panics.
 pub(super) fn on_this_thread(run: impl FnOnce()) {
+    struct Release;
+    impl Drop for Release {
+        fn drop(&mut self) {
+            let _ = block::release(); // what is served has no errors
+        }
+    }
+    let _release = Release;
     run();
-    done(block::release());
 }
 
 /// What is served has no errors; should there be one, the loop around it ends with it.
