@@ -232,14 +232,17 @@ fn a_vocabulary_that_is_left_out_is_that_of_the_data() {
 
 #[test]
 fn what_is_computed_twice_changes_nothing() {
-    let mut lab = lab();
-    let kept = lab.train("kept", None).unwrap().run.unwrap();
-    lab.config.training.gradient_checkpointing = true;
-    let recomputed = lab.train("recomputed", None).unwrap().run.unwrap();
-    assert_same_end(&kept, &recomputed);
-    let copy = lab.rewound(&recomputed, "resumed", &["checkpoint_epoch1_step14"]);
-    lab.train("resumed", Some(Resume::Auto)).unwrap();
-    assert_same_end(&recomputed, &copy);
+    for dtype in [AmpDtype::Fp32, AmpDtype::Bf16] {
+        let mut lab = lab();
+        lab.config.training.amp_dtype = dtype;
+        let kept = lab.train("kept", None).unwrap().run.unwrap();
+        lab.config.training.gradient_checkpointing = true;
+        let recomputed = lab.train("recomputed", None).unwrap().run.unwrap();
+        assert_same_end(&kept, &recomputed);
+        let copy = lab.rewound(&recomputed, "resumed", &["checkpoint_epoch1_step14"]);
+        lab.train("resumed", Some(Resume::Auto)).unwrap();
+        assert_same_end(&recomputed, &copy);
+    }
 }
 
 /// What dropout drops of a sequence does not depend on the others that are computed with it.
