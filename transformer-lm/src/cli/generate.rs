@@ -135,6 +135,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     if args.weights == Weights::Bf16 {
         model.narrow_weights()?;
     }
+    model.use_large_pages();
     let params = params_of(args, &config)?;
     params.sampling.validate()?;
     if args.interactive {

@@ -10,7 +10,7 @@ use hvd_torch::parallel_for;
 use lm_kernels::{Element, multiply};
 use tch::{Device, Kind, Tensor};
 
-use super::fused::Span;
+use super::fused::{Span, is_served};
 use crate::{Error, Result};
 
 /// Elements that a thread should have to read.
@@ -49,6 +49,19 @@ impl Matrix {
         narrow.f_copy_data_u8(cast_slice_mut(&mut rows), narrow.numel())?;
         self.narrow = Some(rows);
         Ok(())
+    }
+
+    /// Keeps what [`Matrix::product`] reads in large pages, where the system has them.
+    pub(super) fn use_large_pages(&self) {
+        match &self.narrow {
+            Some(rows) => crate::memory::use_large_pages(rows),
+            None if is_served(&self.values) => {
+                let values = Span::<f32>::of(&self.values);
+                // SAFETY: nobody changes weights while the model is borrowed for generation.
+                crate::memory::use_large_pages(unsafe { values.all() })
+            }
+            None => false,
+        };
     }
 
     /// `x·Wᵀ`, (B, in) to (B, out).

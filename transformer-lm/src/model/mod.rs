@@ -121,6 +121,13 @@ impl TransformerLM {
         self.blocks.iter_mut().flat_map(Block::weights).chain([&mut self.wte]).try_for_each(Matrix::narrow)
     }
 
+    /// Asks the system to keep the weights that the steps of a generation read in large pages, on a CPU. Call it after
+    /// [`TransformerLM::narrow_weights`].
+    pub fn use_large_pages(&mut self) {
+        self.blocks.iter_mut().flat_map(Block::weights).for_each(|weight| weight.use_large_pages());
+        self.wte.use_large_pages();
+    }
+
     /// The shape it was made with.
     pub fn config(&self) -> &ModelConfig {
         &self.config
