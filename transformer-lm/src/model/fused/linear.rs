@@ -131,7 +131,7 @@ pub(super) fn add_product(residual: &Tensor, x: &Tensor, weight: &Weight, bias: 
 }
 
 /// A matrix whose rows are those of the last dimension.
-pub(super) fn rows_of(tensor: &Tensor) -> hvd_torch::Result<Tensor> {
+fn rows_of(tensor: &Tensor) -> hvd_torch::Result<Tensor> {
     Ok(tensor.f_view([-1, tensor.size().last().copied().unwrap_or(1)])?)
 }
 
