@@ -8,7 +8,6 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/native/CPUBlas.h>
 #include <dlfcn.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -24,12 +23,6 @@
 #include <vector>
 
 using at::Tensor;
-
-// MKL's product of bf16 with sums in f32, column by column; null in a libtorch that is built without MKL.
-extern "C" __attribute__((weak)) void gemm_bf16bf16f32_(const char* transa, const char* transb, const int* m,
-                                                        const int* n, const int* k, const float* alpha,
-                                                        const at::BFloat16* a, const int* lda, const at::BFloat16* b,
-                                                        const int* ldb, const float* beta, float* c, const int* ldc);
 
 namespace {
 
@@ -357,39 +350,6 @@ int hvd_fused_adamw(Tensor* const* params, Tensor* const* grads, Tensor* const* 
 // Calls `call(context, begin, end)` for parts of 0..count that cover it, of at least `grain` each (but the last), on torch's threads.
 int hvd_parallel_for(int64_t count, int64_t grain, void (*call)(void* context, int64_t begin, int64_t end), void* context) {
   return guarded([&] { at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { call(context, begin, end); }); });
-}
-
-// --- products of bf16 with sums in f32 ---
-
-// Whether libtorch brings along what hvd_add_transposed_product needs.
-int hvd_has_transposed_product() { return gemm_bf16bf16f32_ != nullptr; }
-
-// `c += alpha * aᵀ·b` on torch's threads: `a` is depth x rows, `b` depth x columns, `c` rows x columns, each row by row, `ld*` elements apart.
-int hvd_add_transposed_product(int rows, int columns, int depth, float alpha, const void* a, int lda, const void* b,
-                               int ldb, float* c, int ldc) {
-  return guarded([&] {
-    TORCH_CHECK(gemm_bf16bf16f32_, "this libtorch has no products of bf16 with sums in f32: it is built without MKL");
-    // What lies row by row is the transposed matrix to BLAS, and cᵀ is bᵀ·a.
-    const float beta = 1;
-    gemm_bf16bf16f32_("N", "T", &columns, &rows, &depth, &alpha, static_cast<const at::BFloat16*>(b), &ldb,
-                      static_cast<const at::BFloat16*>(a), &lda, &beta, c, &ldc);
-  });
-}
-
-
-// `c = a·b`, or `c += a·b`, by the routine that oneDNN makes for libtorch's own kernels: `a` is m x k row by row, `b` has pairs of rows of a k x n matrix, `c` is m x n of f32; `ld*` are the elements
-// from one row to the next, in `b` from one pair of rows' columns to the next pair's.
-int hvd_block_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, int add, const void* a,
-                      const void* b, float* c) {
-  return guarded([&] {
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add != 0, static_cast<const at::BFloat16*>(a),
-                                static_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
-  });
-}
-
-// Gives back what the products of this thread hold of the processor.
-int hvd_block_release() {
-  return guarded([] { at::native::cpublas::brgemm_release(/*is_vnni=*/true); });
 }
 
 // --- the process ---

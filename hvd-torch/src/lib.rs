@@ -29,7 +29,6 @@ mod error;
 mod memory;
 
 pub mod autograd;
-pub mod block;
 pub mod foreach;
 
 mod autocast;
@@ -61,7 +60,7 @@ pub use nn::SyncBatchNorm;
 pub use optim::{AdamW, Optimizer, ParamGroup, ShardedAdamW, TchOptimizer, named_parameters, named_variables};
 pub use random::{Determinism, manual_seed, mix, reseed, set_deterministic};
 pub use sampler::DistributedSampler;
-pub use threads::{Tasks, parallel_for, set_num_threads, share_tasks};
+pub use threads::{Tasks, num_threads, parallel_for, set_num_threads, share_tasks};
 
 pub use hvd_core::{
     Allreduce, Backend, Capability, Compression, Observer, Phase, ProcessSet, ReduceOp, Topology, World, capabilities,

@@ -73,32 +73,6 @@ unsafe extern "C" {
         call: extern "C" fn(*mut c_void, i64, i64),
         context: *mut c_void,
     ) -> c_int;
-    fn hvd_block_product(
-        m: i64,
-        n: i64,
-        k: i64,
-        lda: i64,
-        ldb: i64,
-        ldc: i64,
-        add: c_int,
-        a: *const c_void,
-        b: *const c_void,
-        c: *mut f32,
-    ) -> c_int;
-    fn hvd_block_release() -> c_int;
-    fn hvd_has_transposed_product() -> c_int;
-    fn hvd_add_transposed_product(
-        rows: c_int,
-        columns: c_int,
-        depth: c_int,
-        alpha: f32,
-        a: *const c_void,
-        lda: c_int,
-        b: *const c_void,
-        ldb: c_int,
-        c: *mut f32,
-        ldc: c_int,
-    ) -> c_int;
     fn hvd_set_deterministic(on: c_int, warn_only: c_int) -> c_int;
     fn hvd_over_memory(
         data: *mut c_void,
@@ -388,52 +362,6 @@ pub(crate) fn parallel_for(count: usize, grain: usize, body: &(dyn Fn(Range<usiz
         false => Ok(()),
         true => Err(Error::invalid("a part of a loop panicked; the message is above")),
     }
-}
-
-/// See [`crate::block::product`].
-///
-/// # Safety
-/// As there.
-pub(crate) unsafe fn block_product(
-    [m, n, k]: [usize; 3],
-    [lda, ldb, ldc]: [usize; 3],
-    add: bool,
-    [a, b]: [*const c_void; 2],
-    c: *mut f32,
-) -> Result<()> {
-    let [m, n, k, lda, ldb, ldc] = [m, n, k, lda, ldb, ldc].map(|size| size as i64);
-    // SAFETY: the caller's promise.
-    check(unsafe { hvd_block_product(m, n, k, lda, ldb, ldc, add.into(), a, b, c) })
-}
-
-/// See [`crate::block::release`].
-pub(crate) fn block_release() -> Result<()> {
-    // SAFETY: takes nothing.
-    check(unsafe { hvd_block_release() })
-}
-
-/// Whether [`add_transposed_product`] is there.
-pub(crate) fn has_transposed_product() -> bool {
-    // SAFETY: takes nothing.
-    unsafe { hvd_has_transposed_product() != 0 }
-}
-
-/// See [`crate::block::add_transposed`].
-///
-/// # Safety
-/// As there.
-pub(crate) unsafe fn add_transposed_product(
-    sizes: [usize; 3],
-    strides: [usize; 3],
-    factor: f32,
-    [a, b]: [*const c_void; 2],
-    c: *mut f32,
-) -> Result<()> {
-    let number = |size: usize| c_int::try_from(size).map_err(|_| Error::invalid("a matrix of 2³¹ rows or columns"));
-    let [rows, columns, depth] = [number(sizes[0])?, number(sizes[1])?, number(sizes[2])?];
-    let [lda, ldb, ldc] = [number(strides[0])?, number(strides[1])?, number(strides[2])?];
-    // SAFETY: the caller's promise.
-    check(unsafe { hvd_add_transposed_product(rows, columns, depth, factor, a, lda, b, ldb, c, ldc) })
 }
 
 pub(crate) fn set_deterministic(on: bool, warn_only: bool) -> Result<()> {

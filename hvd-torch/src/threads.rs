@@ -14,6 +14,11 @@ pub fn set_num_threads(threads: usize) {
     tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
 }
 
+/// The number of threads that torch computes with.
+pub fn num_threads() -> usize {
+    tch::get_num_threads().max(1) as usize
+}
+
 /// Runs `body` for ranges that cover `0..count`, of at least `grain` each (but the last), on the threads that torch computes with.
 ///
 /// # Errors
@@ -45,8 +50,7 @@ impl Iterator for Tasks<'_> {
 /// If `body` panics, which is caught. The task that it was at is lost, and those that no other thread was there to take.
 pub fn share_tasks(count: usize, body: &(dyn Fn(Tasks) + Sync)) -> Result<()> {
     let next = AtomicUsize::new(0);
-    let threads = (tch::get_num_threads().max(1) as usize).min(count);
-    parallel_for(threads, 1, &|range| range.for_each(|_| body(Tasks { next: &next, count })))
+    parallel_for(num_threads().min(count), 1, &|range| range.for_each(|_| body(Tasks { next: &next, count })))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! The loops are plain Rust that the compiler vectorises. They do the same IEEE operations in the same order whatever the width, and Rust
 //! never contracts a multiplication and an addition that the loop does not ask it to (`mul_add`), so that the bits do not depend on the
-//! CPU. A CPU without FMA calls the C library for each `mul_add`.
+//! CPU. A CPU without FMA calls the C library for each `mul_add`. The exception is [`Isa::BF16`], for loops that use it.
 
 /// A loop over elements. [`Kernel::run`] and all that it calls must be `#[inline(always)]`, or else they are compiled
 /// for the baseline only.
@@ -17,6 +17,9 @@ pub trait Isa {
     const F16C: Option<F16c>;
     /// The instructions on vectors of 512 bits, where there are any.
     const AVX512: Option<Avx512> = None;
+    /// The instructions that round vectors of 512 bits to bf16, where there are any. They take subnormal numbers for zero, and keep a
+    /// NaN's sign.
+    const BF16: Option<Avx512Bf16> = None;
 }
 
 /// Proof that the code in hand is compiled for F16C, and the CPU has it.
@@ -26,6 +29,10 @@ pub struct F16c(());
 /// Proof that the code in hand is compiled for AVX-512 (F, BW, DQ and VL), and the CPU has it.
 #[derive(Clone, Copy)]
 pub struct Avx512(());
+
+/// Proof that the code in hand is compiled for AVX-512 BF16 besides, and the CPU has it.
+#[derive(Clone, Copy)]
+pub struct Avx512Bf16(());
 
 /// Nothing.
 enum Plain {}
@@ -37,6 +44,10 @@ enum Avx {}
 /// AVX-512.
 #[cfg(target_arch = "x86_64")]
 enum Wide {}
+
+/// AVX-512 with BF16.
+#[cfg(target_arch = "x86_64")]
+enum WideBf16 {}
 
 impl Isa for Plain {
     const F16C: Option<F16c> = None;
@@ -53,6 +64,13 @@ impl Isa for Wide {
     const AVX512: Option<Avx512> = Some(Avx512(()));
 }
 
+#[cfg(target_arch = "x86_64")]
+impl Isa for WideBf16 {
+    const F16C: Option<F16c> = Some(F16c(()));
+    const AVX512: Option<Avx512> = Some(Avx512(()));
+    const BF16: Option<Avx512Bf16> = Some(Avx512Bf16(()));
+}
+
 /// What a kernel can be compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -64,6 +82,9 @@ pub enum Level {
     /// 512-bit vectors of all types.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// The same, with bf16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
 }
 
 impl Level {
@@ -75,7 +96,11 @@ impl Level {
             use std::is_x86_feature_detected as has;
             if has!("avx2") && has!("fma") && has!("f16c") {
                 let wide = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
-                return if wide { Level::Avx512 } else { Level::Avx2 };
+                return match wide {
+                    true if has!("avx512bf16") => Level::Avx512Bf16,
+                    true => Level::Avx512,
+                    false => Level::Avx2,
+                };
             }
         }
         Level::Baseline
@@ -89,6 +114,8 @@ impl Level {
             Level::Avx2,
             #[cfg(target_arch = "x86_64")]
             Level::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16,
         ];
         all.into_iter().filter(|level| *level <= Level::best())
     }
@@ -115,7 +142,16 @@ pub fn dispatch_at<K: Kernel>(level: Level, kernel: K) {
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => unsafe { avx512(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Bf16 => unsafe { avx512_bf16(kernel) },
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn avx512_bf16<K: Kernel>(kernel: K) {
+    kernel.run::<WideBf16>();
 }
 
 #[cfg(target_arch = "x86_64")]

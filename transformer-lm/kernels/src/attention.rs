@@ -5,7 +5,7 @@
 //! the softmax; its mask begins with the block's first row.
 
 use super::exp::exp;
-use super::{Element, LANES, Mask, greatest, total};
+use super::{Element, LANES, Mask, View, greatest, total};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
 /// Scores times `scale` to weights, in place, and the logarithm of each row's sum of exponentials to `log_sums`.
@@ -57,14 +57,13 @@ pub fn causal_softmax_backward(
     }
 }
 
-/// The product of each row of `a` with that of `b`, where both have rows of `columns` elements, `stride` apart.
+/// The product of each row of `a` with that of `b`.
 ///
 /// # Panics
-/// If either has not a row for each of `dots`.
-pub fn row_dots<E: Element>(a: &[E], b: &[E], [columns, stride]: [usize; 2], dots: &mut [f32]) {
-    let holds = |rows: &[E]| columns <= stride && rows.len() + stride >= dots.len() * stride + columns;
-    assert!(columns > 0 && holds(a) && holds(b));
-    dispatch(Dots { a, b, columns, stride, dots });
+/// If they have not a row for each of `dots`, or not as many columns.
+pub fn row_dots<E: Element>(a: View<E>, b: View<E>, dots: &mut [f32]) {
+    assert!(a.shape() == b.shape() && a.shape()[0] == dots.len());
+    dispatch(Dots { a, b, dots });
 }
 
 fn check(block: &[f32], columns: usize, first: usize, rows: usize) {
@@ -72,10 +71,8 @@ fn check(block: &[f32], columns: usize, first: usize, rows: usize) {
 }
 
 struct Dots<'a, E> {
-    a: &'a [E],
-    b: &'a [E],
-    columns: usize,
-    stride: usize,
+    a: View<'a, E>,
+    b: View<'a, E>,
     dots: &'a mut [f32],
 }
 
@@ -83,7 +80,7 @@ impl<E: Element> Kernel for Dots<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         for (at, dot) in self.dots.iter_mut().enumerate() {
-            let [a, b] = [self.a, self.b].map(|rows| rows[at * self.stride..][..self.columns].as_chunks::<LANES>());
+            let [a, b] = [self.a, self.b].map(|rows| rows.row(at).as_chunks::<LANES>());
             let mut lanes = [0.0f32; LANES];
             for (a, b) in a.0.iter().zip(b.0) {
                 for lane in 0..LANES {
@@ -239,7 +236,8 @@ mod tests {
     #[test]
     fn rows_are_multiplied_each_with_its_own() {
         let mut dots = [0.0; 2];
-        row_dots(&[1.0, 2.0, 9.0, 3.0, 4.0], &[5.0, 6.0, 9.0, 7.0, 8.0], [2, 3], &mut dots);
+        let [a, b] = [[1.0, 2.0, 9.0, 3.0, 4.0, 9.0], [5.0, 6.0, 9.0, 7.0, 8.0, 9.0]];
+        row_dots(View::of(&a, 3).columns(0..2), View::of(&b, 3).columns(0..2), &mut dots);
         assert_eq!(dots, [17.0, 53.0]);
     }
 
@@ -264,7 +262,8 @@ mod tests {
             );
             assert_eq!(weights, dropped);
             let mut dots = vec![0.0; 4];
-            dispatch_at(level, Dots { a: &block, b: &others, columns: 53, stride: 101, dots: &mut dots });
+            let [a, b] = [&block, &others].map(|block| View::of(&block[..4 * 101], 101).columns(0..53));
+            dispatch_at(level, Dots { a, b, dots: &mut dots });
             [block, again, grads, dropped, others, log_sums, dots].concat()
         });
     }

@@ -1,6 +1,8 @@
 //! What becomes of a block of a product's sums while it is in the cache. A block has rows of [`PANEL`] sums, of which the first are the
 //! result's columns.
 
+use std::array::from_fn;
+
 use half::bf16;
 
 use super::activation::{gate, slope};
@@ -30,6 +32,12 @@ pub fn add_to(base: View<f32>, sums: &[f32], bias: &[f32], out: Window<f32>) {
     dispatch(AddTo { base, sums, bias, out });
 }
 
+/// `out += factor · sums`.
+pub fn accumulate(sums: &[f32], factor: f32, out: Window<f32>) {
+    check(sums, None, out.shape());
+    dispatch(Accumulate { sums, factor, out });
+}
+
 /// `out = gelu(sums + bias)`, and the slopes there, where somebody wants them.
 pub fn gelu(sums: &[f32], bias: &[f32], out: Window<bf16>, slopes: Option<Window<bf16>>) {
     check(sums, Some(bias), out.shape());
@@ -46,8 +54,27 @@ fn check(sums: &[f32], bias: Option<&[f32]>, [rows, columns]: [usize; 2]) {
     assert!(sums.len() == rows * PANEL && columns <= PANEL && bias.is_none_or(|bias| bias.len() == columns));
 }
 
+#[inline(always)]
 fn block_rows(sums: &[f32]) -> impl Iterator<Item = (usize, &[f32; PANEL])> {
     sums.as_chunks::<PANEL>().0.iter().enumerate()
+}
+
+/// A row's elements, and zeros for those that are missing: loops over as many as a panel has need no second one for the rest.
+#[inline(always)]
+fn padded<E: Element>(row: &[E]) -> [E; PANEL] {
+    match row.first_chunk() {
+        Some(row) => *row,
+        None => from_fn(|at| row.get(at).copied().unwrap_or(E::narrow(0.0))),
+    }
+}
+
+/// Rounds values to a row, which may have fewer. A whole panel is a case of its own, of which the compiler knows the length.
+#[inline(always)]
+fn put<I: Isa, E: Element>(values: &[f32; PANEL], out: &mut Window<E>, row: usize) {
+    match out.shape()[1] {
+        PANEL => out.fill::<I>(row, values),
+        columns => out.fill::<I>(row, &values[..columns]),
+    }
 }
 
 struct Store<'a, E> {
@@ -59,20 +86,13 @@ struct Store<'a, E> {
 impl<E: Element> Kernel for Store<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(mut self) {
+        let bias = self.bias.map(padded);
         for (at, sums) in block_rows(self.sums) {
-            let out = self.out.row(at);
-            match self.bias {
-                Some(bias) => {
-                    for ((out, sum), bias) in out.iter_mut().zip(sums).zip(bias) {
-                        *out = E::narrow(sum + bias);
-                    }
-                }
-                None => {
-                    for (out, sum) in out.iter_mut().zip(sums) {
-                        *out = E::narrow(*sum);
-                    }
-                }
-            }
+            let values = match &bias {
+                Some(bias) => from_fn(|i| sums[i] + bias[i]),
+                None => *sums,
+            };
+            put::<I, E>(&values, &mut self.out, at);
         }
     }
 }
@@ -87,10 +107,8 @@ impl Kernel for MultiplyBy<'_> {
     #[inline(always)]
     fn run<I: Isa>(mut self) {
         for (at, sums) in block_rows(self.sums) {
-            let given = self.factors.row(at).iter().zip(sums);
-            for (out, (factor, sum)) in self.out.row(at).iter_mut().zip(given) {
-                *out = bf16::narrow(sum * factor.widen());
-            }
+            let factors = padded(self.factors.row(at));
+            put::<I, bf16>(&from_fn(|i| sums[i] * factors[i].widen()), &mut self.out, at);
         }
     }
 }
@@ -105,10 +123,26 @@ struct AddTo<'a> {
 impl Kernel for AddTo<'_> {
     #[inline(always)]
     fn run<I: Isa>(mut self) {
+        let bias = padded(self.bias);
         for (at, sums) in block_rows(self.sums) {
-            let given = self.base.row(at).iter().zip(sums).zip(self.bias);
-            for (out, ((base, sum), bias)) in self.out.row(at).iter_mut().zip(given) {
-                *out = base + (sum + bias);
+            let base = padded(self.base.row(at));
+            put::<I, f32>(&from_fn(|i| base[i] + (sums[i] + bias[i])), &mut self.out, at);
+        }
+    }
+}
+
+struct Accumulate<'a> {
+    sums: &'a [f32],
+    factor: f32,
+    out: Window<'a, f32>,
+}
+
+impl Kernel for Accumulate<'_> {
+    #[inline(always)]
+    fn run<I: Isa>(mut self) {
+        for (at, sums) in block_rows(self.sums) {
+            for (out, sum) in self.out.row(at).iter_mut().zip(sums) {
+                *out = sum.mul_add(self.factor, *out);
             }
         }
     }
@@ -125,22 +159,20 @@ struct Gelu<'a, const SLOPES: bool> {
 impl<const SLOPES: bool> Kernel for Gelu<'_, SLOPES> {
     #[inline(always)]
     fn run<I: Isa>(mut self) {
+        let bias = padded(self.bias);
         for (at, sums) in block_rows(self.sums) {
-            let given = sums.iter().zip(self.bias).map(|(sum, bias)| sum + bias);
-            match SLOPES {
-                true => {
-                    let results = self.out.row(at).iter_mut().zip(self.slopes.row(at));
-                    for (value, (out, slope_out)) in given.zip(results) {
-                        let gate = gate(value);
-                        *out = bf16::narrow(value * gate);
-                        *slope_out = bf16::narrow(slope(value, gate));
-                    }
+            let (mut values, mut slopes) = ([0.0; PANEL], [0.0; PANEL]);
+            for i in 0..PANEL {
+                let value = sums[i] + bias[i];
+                let gate = gate(value);
+                values[i] = value * gate;
+                if SLOPES {
+                    slopes[i] = slope(value, gate);
                 }
-                false => {
-                    for (value, out) in given.zip(self.out.row(at)) {
-                        *out = bf16::narrow(value * gate(value));
-                    }
-                }
+            }
+            put::<I, bf16>(&values, &mut self.out, at);
+            if SLOPES {
+                put::<I, bf16>(&slopes, &mut self.slopes, at);
             }
         }
     }
@@ -153,10 +185,9 @@ mod tests {
     use hvd_kernels::simd::dispatch_at;
 
     const ROWS: usize = 3;
-    const COLUMNS: usize = 53;
 
-    fn elements<E: Element>() -> Vec<E> {
-        vec![E::narrow(0.5); ROWS * COLUMNS]
+    fn elements<E: Element>(columns: usize) -> Vec<E> {
+        vec![E::narrow(0.5); ROWS * columns]
     }
 
     fn widened(values: &[bf16]) -> Vec<f32> {
@@ -165,37 +196,47 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
-        let (sums, bias) = (&numbers(ROWS * PANEL)[..], &numbers(COLUMNS)[..]);
+        [53, PANEL].into_iter().for_each(check_columns);
+    }
+
+    fn check_columns(columns: usize) {
+        let (sums, bias) = (&numbers(ROWS * PANEL)[..], &numbers(columns)[..]);
         check_levels(|level| {
-            let [mut stored, mut given, mut slopes, mut alone] = [(); 4].map(|()| elements::<bf16>());
-            let [mut plain, base, mut added] = [(); 3].map(|()| elements::<f32>());
-            dispatch_at(level, Store { sums, bias: Some(bias), out: Window::of(&mut stored, COLUMNS) });
-            dispatch_at(level, Store { sums, bias: None, out: Window::of(&mut plain, COLUMNS) });
-            let (from, out) = (View::of(&base, COLUMNS), Window::of(&mut added, COLUMNS));
+            let [mut stored, mut given, mut slopes, mut alone] = [(); 4].map(|()| elements::<bf16>(columns));
+            let [mut plain, base, mut added] = [(); 3].map(|()| elements::<f32>(columns));
+            dispatch_at(level, Store { sums, bias: Some(bias), out: Window::of(&mut stored, columns) });
+            dispatch_at(level, Store { sums, bias: None, out: Window::of(&mut plain, columns) });
+            let (from, out) = (View::of(&base, columns), Window::of(&mut added, columns));
             dispatch_at(level, AddTo { base: from, sums, bias, out });
-            let (out, of_slopes) = (Window::of(&mut given, COLUMNS), Window::of(&mut slopes, COLUMNS));
+            let (out, of_slopes) = (Window::of(&mut given, columns), Window::of(&mut slopes, columns));
             dispatch_at(level, Gelu::<true> { sums, bias, out, slopes: of_slopes });
-            let (out, nothing) = (Window::of(&mut alone, COLUMNS), Window::of(&mut [], 1));
+            let (out, nothing) = (Window::of(&mut alone, columns), Window::of(&mut [], 1));
             dispatch_at(level, Gelu::<false> { sums, bias, out, slopes: nothing });
             assert_eq!(given, alone);
-            let (factors, out) = (View::of(&given, COLUMNS), Window::of(&mut alone, COLUMNS));
+            let (factors, out) = (View::of(&given, columns), Window::of(&mut alone, columns));
             dispatch_at(level, MultiplyBy { factors, sums, out });
+            dispatch_at(level, Accumulate { sums, factor: 0.3, out: Window::of(&mut added, columns) });
             [plain, added, widened(&stored), widened(&given), widened(&alone), widened(&slopes)].concat()
         });
     }
 
     #[test]
     fn a_block_is_finished_column_by_column() {
-        let (sums, bias) = (&numbers(ROWS * PANEL)[..], &numbers(COLUMNS)[..]);
-        let [mut stored, mut added] = [(); 2].map(|()| elements::<f32>());
-        let mut multiplied = elements::<bf16>();
-        store(sums, Some(bias), Window::of(&mut stored, COLUMNS));
-        add_to(View::of(&elements(), COLUMNS), sums, bias, Window::of(&mut added, COLUMNS));
-        multiply_by(View::of(&elements(), COLUMNS), sums, Window::of(&mut multiplied, COLUMNS));
-        for at in 0..ROWS * COLUMNS {
-            let (row, column) = (at / COLUMNS, at % COLUMNS);
+        [53, PANEL].into_iter().for_each(finish_columns);
+    }
+
+    fn finish_columns(columns: usize) {
+        let (sums, bias) = (&numbers(ROWS * PANEL)[..], &numbers(columns)[..]);
+        let [mut stored, mut added] = [(); 2].map(|()| elements::<f32>(columns));
+        let (mut multiplied, mut more) = (elements::<bf16>(columns), elements::<f32>(columns));
+        accumulate(sums, 2.0, Window::of(&mut more, columns));
+        store(sums, Some(bias), Window::of(&mut stored, columns));
+        add_to(View::of(&elements(columns), columns), sums, bias, Window::of(&mut added, columns));
+        multiply_by(View::of(&elements(columns), columns), sums, Window::of(&mut multiplied, columns));
+        for at in 0..ROWS * columns {
+            let (row, column) = (at / columns, at % columns);
             let (sum, bias) = (sums[row * PANEL + column], bias[column]);
-            assert_eq!((stored[at], added[at]), (sum + bias, 0.5 + (sum + bias)));
+            assert_eq!((stored[at], added[at], more[at]), (sum + bias, 0.5 + (sum + bias), 0.5 + 2.0 * sum));
             assert_eq!(multiplied[at], bf16::from_f32(0.5 * sum));
         }
     }

@@ -1,16 +1,19 @@
 //! The loops of a language model that libtorch's libraries are not the quickest for, in f32: GELU, causal softmax, normalisation,
-//! cross-entropy, dropout, and products with few vectors; and what comes before and after products of bf16.
+//! cross-entropy, dropout, and products with few vectors; and products of bf16, with what comes before and after them.
 //!
-//! They do the same operations in the same order on every processor, whatever the width of its vectors. A package of its own so
-//! that a debug build can optimise them.
+//! Those of f32 do the same operations in the same order on every processor, whatever the width of its vectors. Where a processor has
+//! instructions for bf16, these sum in an order of their own, and take subnormal numbers for zero. A package of its own so that a debug
+//! build can optimise them.
 #![deny(missing_docs)]
 
 mod activation;
 mod attention;
+mod blocks;
 mod dropout;
 mod element;
 mod exp;
 mod finish;
+mod lines;
 mod loss;
 mod norm;
 mod panel;
@@ -19,14 +22,16 @@ mod window;
 
 pub use activation::{bias_gelu, gelu_backward};
 pub use attention::{causal_softmax, causal_softmax_backward, causal_weights, drop_weights, row_dots};
+pub use blocks::{Multiplier, Unit};
 pub use dropout::{Mask, mask_factors};
 pub use element::{Element, convert};
-pub use finish::{add_to, gelu, multiply_by, store};
+pub use finish::{accumulate, add_to, gelu, multiply_by, store};
+pub use lines::Lines;
 pub use loss::{Loss, Target, cross_entropy};
 pub use norm::{ColumnSums, Moments, Norm, Normalised, add_rows, add_scaled, normalise, normalise_backward};
 pub use panel::{PANEL, Pair, PanelRow, pack_columns, pack_rows, transpose};
 pub use product::{multiply, weighted_sum};
-pub use window::{View, Window};
+pub use window::{View, Window, finish_streams};
 
 /// Partial results of a row that are kept side by side, so that a loop over it can use vectors, and two of them at once.
 const LANES: usize = 32;

@@ -153,9 +153,7 @@ impl<E: Element> Kernel for Backward<'_, E> {
                 of_rows[i] += out[i];
             }
             if let Some(narrow) = &mut self.narrow {
-                for (narrow, value) in narrow[place].iter_mut().zip(out) {
-                    *narrow = bf16::narrow(*value);
-                }
+                bf16::narrow_all::<I>(out, &mut narrow[place]);
             }
         }
     }

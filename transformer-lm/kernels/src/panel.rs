@@ -3,7 +3,7 @@
 //! The left matrix lies row by row, neighbours along the depth that is summed over. The right one lies in *panels* of [`PANEL`] columns:
 //! a row of a panel has, for each column, the pair of elements of two rows of the matrix. What is missing of a panel is zero.
 
-use super::{Element, Window};
+use super::{Element, View, Window};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
 /// Columns of a panel.
@@ -15,62 +15,55 @@ pub type Pair = u32;
 /// A row of a panel.
 pub type PanelRow = [Pair; PANEL];
 
-/// A panel of at most [`PANEL`] columns of a matrix that lies row by row, rows `stride` elements apart.
+/// The panels of a matrix, each a row of `panels`.
 ///
 /// # Panics
-/// If the panel is not half as high as the matrix, or the matrix is not as large as that; so below.
-pub fn pack_rows<E: Element>(matrix: &[E], stride: usize, columns: usize, panel: &mut [PanelRow]) {
-    let rows = rows_of(matrix.len(), stride, columns);
-    assert!(columns <= PANEL && panel.len() == rows.div_ceil(2));
-    dispatch(PackRows { matrix, stride, columns, rows, panel });
+/// If there are not as many as the matrix has columns for, or they are not half as high as it is; so below.
+pub fn pack_rows<E: Element>(matrix: View<E>, panels: Window<PanelRow>) {
+    let [rows, columns] = matrix.shape();
+    assert_eq!(panels.shape(), [columns.div_ceil(PANEL), rows.div_ceil(2)]);
+    dispatch(PackRows { matrix, panels });
 }
 
-/// A panel of the matrix whose columns are the rows of this one, of which there are at most [`PANEL`], `depth` long.
-pub fn pack_columns<E: Element>(matrix: &[E], stride: usize, depth: usize, panel: &mut [PanelRow]) {
-    let columns = rows_of(matrix.len(), stride, depth);
+/// A panel of the transposed of a matrix of at most [`PANEL`] rows.
+pub fn pack_columns<E: Element>(matrix: View<E>, panel: &mut [PanelRow]) {
+    let [columns, depth] = matrix.shape();
     assert!(columns <= PANEL && panel.len() == depth.div_ceil(2));
-    dispatch(PackColumns { matrix, stride, columns, depth, panel });
+    dispatch(PackColumns { matrix, panel });
 }
 
 /// The transposed of a matrix, as the left one of a product: `out` has a row of pairs for each column, which ends with zeros.
-pub fn transpose<E: Element>(matrix: &[E], stride: usize, out: Window<Pair>) {
-    let [columns, pairs] = out.shape();
-    let rows = rows_of(matrix.len(), stride, columns);
-    assert!(rows.div_ceil(2) <= pairs);
-    dispatch(Transpose { matrix, stride, rows, out });
-}
-
-/// Rows of a matrix that ends with the last row's last element, or with what lies between rows.
-fn rows_of(len: usize, stride: usize, columns: usize) -> usize {
-    assert!(columns > 0 && columns <= stride && len > 0);
-    let rows = len.div_ceil(stride);
-    assert!(len >= (rows - 1) * stride + columns);
-    rows
+pub fn transpose<E: Element>(matrix: View<E>, out: Window<Pair>) {
+    let ([rows, columns], [height, pairs]) = (matrix.shape(), out.shape());
+    assert!(columns == height && rows.div_ceil(2) <= pairs);
+    dispatch(Transpose { matrix, out });
 }
 
 #[inline(always)]
 fn pair<E: Element>(first: E, second: E) -> Pair {
-    let bits = |element: E| Pair::from(half::bf16::narrow(element.widen()).to_bits());
+    let bits = |element: E| Pair::from(element.round().to_bits());
     bits(first) | bits(second) << 16
 }
 
 struct PackRows<'a, E> {
-    matrix: &'a [E],
-    stride: usize,
-    columns: usize,
-    rows: usize,
-    panel: &'a mut [PanelRow],
+    matrix: View<'a, E>,
+    panels: Window<'a, PanelRow>,
 }
 
 impl<E: Element> Kernel for PackRows<'_, E> {
     #[inline(always)]
-    fn run<I: Isa>(self) {
-        for (at, out) in self.panel.iter_mut().enumerate() {
-            let row = |row: usize| &self.matrix[row * self.stride..][..self.columns];
-            let first = row(2 * at);
-            match 2 * at + 1 < self.rows {
-                true => interleave(first, row(2 * at + 1), out),
-                false => interleave(first, &[E::narrow(0.0); PANEL][..self.columns], out),
+    fn run<I: Isa>(mut self) {
+        let ([rows, _], [panels, pairs]) = (self.matrix.shape(), self.panels.shape());
+        let zeros = [E::narrow(0.0); PANEL];
+        // Two rows to their end, and then the next: in the order of panels each row would come from memory as often as there are panels.
+        for at in 0..pairs {
+            let first = self.matrix.row(2 * at);
+            let second = (2 * at + 1 < rows).then(|| self.matrix.row(2 * at + 1));
+            for panel in 0..panels {
+                let part = |row: &'_ [E]| panel * PANEL..row.len().min((panel + 1) * PANEL);
+                let (first, columns) = (&first[part(first)], part(first));
+                let second = second.map_or(&zeros[..columns.len()], |second| &second[columns]);
+                interleave(first, second, &mut self.panels.row(panel)[at]);
             }
         }
     }
@@ -100,24 +93,22 @@ const SQUARE: usize = 16;
 type Square = [[Pair; SQUARE]; SQUARE];
 
 struct PackColumns<'a, E> {
-    matrix: &'a [E],
-    stride: usize,
-    columns: usize,
-    depth: usize,
+    matrix: View<'a, E>,
     panel: &'a mut [PanelRow],
 }
 
 impl<E: Element> Kernel for PackColumns<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
+        let [columns, depth] = self.matrix.shape();
         // A few columns to their end, and then the next: the processor reads so many rows ahead.
         for first in (0..PANEL).step_by(SQUARE) {
             for (at, rows) in self.panel.chunks_mut(SQUARE).enumerate() {
                 let start = at * 2 * SQUARE;
-                let depth = (self.depth - start).min(2 * SQUARE);
+                let depth = (depth - start).min(2 * SQUARE);
                 let mut square = [[0; SQUARE]; SQUARE];
-                for (column, pairs) in (first..self.columns).zip(&mut square) {
-                    pair_up(&self.matrix[column * self.stride + start..][..depth], pairs);
+                for (column, pairs) in (first..columns).zip(&mut square) {
+                    pair_up(&self.matrix.row(column)[start..start + depth], pairs);
                 }
                 transpose_square::<I>(&mut square);
                 for (row, pairs) in rows.iter_mut().zip(&square) {
@@ -149,9 +140,7 @@ fn pair_up<E: Element>(row: &[E], out: &mut [Pair; SQUARE]) {
 }
 
 struct Transpose<'a, E> {
-    matrix: &'a [E],
-    stride: usize,
-    rows: usize,
+    matrix: View<'a, E>,
     out: Window<'a, Pair>,
 }
 
@@ -178,9 +167,9 @@ impl<E: Element> Transpose<'_, E> {
     /// The pairs of some columns in the rows from `2 · start` on; zeros beyond the matrix.
     #[inline(always)]
     fn square(&self, start: usize, first: usize, columns: usize) -> Square {
-        let zeros = [E::narrow(0.0); SQUARE];
-        let row = |row: usize| match row < self.rows {
-            true => &self.matrix[row * self.stride + first..][..columns],
+        let (zeros, [rows, _]) = ([E::narrow(0.0); SQUARE], self.matrix.shape());
+        let row = |row: usize| match row < rows {
+            true => &self.matrix.row(row)[first..first + columns],
             false => &zeros[..columns],
         };
         let mut square = [[0; SQUARE]; SQUARE];
@@ -273,27 +262,33 @@ mod tests {
     }
 
     /// Runs `check` for matrices of many shapes, each in f32 and in bf16, at every level.
-    fn for_shapes(shapes: &[(usize, usize)], check: impl Fn(Level, &[f32], &[bf16], usize, usize, usize)) {
+    fn for_shapes(shapes: &[(usize, usize)], check: impl Fn(Level, &[f32], View<f32>, View<bf16>, usize)) {
         for &(rows, columns) in shapes {
             let stride = columns + 3;
-            let matrix = &numbers(rows * stride)[..(rows - 1) * stride + columns];
-            let narrow: Vec<bf16> = matrix.iter().map(|&value| bf16::from_f32(value)).collect();
-            Level::available().for_each(|level| check(level, matrix, &narrow, stride, rows, columns));
+            let wide = &numbers(rows * stride)[..];
+            let narrow: Vec<bf16> = wide.iter().map(|&value| bf16::from_f32(value)).collect();
+            let (of_wide, of_narrow) = (View::of(wide, stride), View::of(&narrow, stride));
+            let (of_wide, of_narrow) = (of_wide.columns(0..columns), of_narrow.columns(0..columns));
+            Level::available().for_each(|level| check(level, wide, of_wide, of_narrow, stride));
         }
     }
 
     const SHAPES: [(usize, usize); 7] = [(1, 1), (2, 64), (5, 17), (33, 16), (64, 40), (7, 3), (64, 64)];
 
     #[test]
-    fn a_panel_of_rows_has_pairs_of_rows() {
-        for_shapes(&SHAPES, |level, matrix, narrow, stride, rows, columns| {
-            let [mut wide, mut panel] = [(); 2].map(|()| vec![[9; PANEL]; rows.div_ceil(2)]);
-            dispatch_at(level, PackRows { matrix, stride, columns, rows, panel: &mut wide });
-            dispatch_at(level, PackRows { matrix: narrow, stride, columns, rows, panel: &mut panel });
-            assert_eq!(wide, panel);
-            for (at, row) in panel.iter().enumerate() {
+    fn panels_have_pairs_of_rows() {
+        let wider = [(5, 65), (8, 200), (1, 128)];
+        for_shapes(&[&SHAPES[..], &wider].concat(), |level, matrix, given, narrow, stride| {
+            let [rows, columns] = given.shape();
+            let pairs = rows.div_ceil(2);
+            let [mut wide, mut panels] = [(); 2].map(|()| vec![[9; PANEL]; columns.div_ceil(PANEL) * pairs]);
+            dispatch_at(level, PackRows { matrix: given, panels: Window::of(&mut wide, pairs) });
+            dispatch_at(level, PackRows { matrix: narrow, panels: Window::of(&mut panels, pairs) });
+            assert_eq!(wide, panels);
+            for (index, row) in panels.iter().enumerate() {
+                let (panel, at) = (index / pairs, index % pairs);
                 for (column, pair) in row.iter().enumerate() {
-                    let half = |row| bits(matrix, stride, rows, columns, row, column);
+                    let half = |row| bits(matrix, stride, rows, columns, row, panel * PANEL + column);
                     assert_eq!(*pair, half(2 * at) | half(2 * at + 1) << 16, "{rows} {columns} {level:?}");
                 }
             }
@@ -302,10 +297,11 @@ mod tests {
 
     #[test]
     fn a_panel_of_columns_has_pairs_of_neighbours() {
-        for_shapes(&SHAPES, |level, matrix, narrow, stride, columns, depth| {
+        for_shapes(&SHAPES, |level, matrix, given, narrow, stride| {
+            let [columns, depth] = given.shape();
             let [mut wide, mut panel] = [(); 2].map(|()| vec![[9; PANEL]; depth.div_ceil(2)]);
-            dispatch_at(level, PackColumns { matrix, stride, columns, depth, panel: &mut wide });
-            dispatch_at(level, PackColumns { matrix: narrow, stride, columns, depth, panel: &mut panel });
+            dispatch_at(level, PackColumns { matrix: given, panel: &mut wide });
+            dispatch_at(level, PackColumns { matrix: narrow, panel: &mut panel });
             assert_eq!(wide, panel);
             for (at, row) in panel.iter().enumerate() {
                 for (column, pair) in row.iter().enumerate() {
@@ -318,11 +314,12 @@ mod tests {
 
     #[test]
     fn the_transposed_has_columns_for_rows() {
-        for_shapes(&SHAPES, |level, matrix, narrow, stride, rows, columns| {
+        for_shapes(&SHAPES, |level, matrix, given, narrow, stride| {
+            let [rows, columns] = given.shape();
             let pairs = rows.div_ceil(2) + 5;
             let [mut wide, mut out] = [(); 2].map(|()| vec![9; columns * pairs]);
-            dispatch_at(level, Transpose { matrix, stride, rows, out: Window::of(&mut wide, pairs) });
-            dispatch_at(level, Transpose { matrix: narrow, stride, rows, out: Window::of(&mut out, pairs) });
+            dispatch_at(level, Transpose { matrix: given, out: Window::of(&mut wide, pairs) });
+            dispatch_at(level, Transpose { matrix: narrow, out: Window::of(&mut out, pairs) });
             assert_eq!(wide, out);
             for (column, row) in out.chunks(pairs).enumerate() {
                 for (at, pair) in row.iter().enumerate() {

@@ -5,12 +5,12 @@ use std::ops::Range;
 
 use half::bf16;
 use hvd_torch::autograd::differentiate;
-use hvd_torch::{block, parallel_for};
+use hvd_torch::parallel_for;
 use lm_kernels::Mask;
 use tch::{Device, Kind, Tensor};
 
 use super::span::{Matrix, Span};
-use super::{holds, is_served, narrow};
+use super::{has_bf16, holds, is_served, narrow};
 use crate::model::{Dropout, causal_mask};
 use crate::{Error, Result};
 
@@ -64,7 +64,7 @@ pub fn causal_attention(qkv: &Tensor, heads: usize, dropout: &Dropout) -> Result
 
 /// Whether the loops of bf16 serve it: their products want pairs.
 fn serves_narrow(qkv: &Tensor, shape: &Shape) -> bool {
-    block::is_served() && holds::<bf16>(qkv) && shape.width().is_multiple_of(2)
+    has_bf16() && holds::<bf16>(qkv) && shape.width().is_multiple_of(2)
 }
 
 /// The same where these loops do not apply. 16 bits with dropout on the CPU do without torch's function, which would keep the weights.

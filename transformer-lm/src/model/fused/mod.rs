@@ -23,7 +23,8 @@ pub use norm::{LayerNormOptions, add_linear_norm, layer_norm};
 pub(super) use attention::{Attend, attention};
 pub(super) use span::Span;
 
-use hvd_torch::{Autocast, block};
+use hvd_torch::Autocast;
+use lm_kernels::Unit;
 use tch::{Device, Kind, Tensor};
 
 use span::Held;
@@ -32,9 +33,14 @@ use span::Held;
 fn kind_of_products() -> Option<Kind> {
     match Autocast::kind(Device::Cpu) {
         None => Some(Kind::Float),
-        Some(Kind::BFloat16) if block::is_served() => Some(Kind::BFloat16),
+        Some(Kind::BFloat16) if has_bf16() => Some(Kind::BFloat16),
         Some(_) => None,
     }
+}
+
+/// Whether the processor has products of bf16.
+fn has_bf16() -> bool {
+    Unit::best().is_some()
 }
 
 /// Whether a product of `x` (.., in) and `weight` (out, in), on this thread, is one of those here: where it is torch's, what is around it

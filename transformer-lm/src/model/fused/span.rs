@@ -13,6 +13,9 @@ use super::holds;
 /// The most ranges that [`sum_over_rows`] sums apart.
 const PARTS: usize = 32;
 
+/// Bytes of a result from which on it goes past the caches.
+const STREAMED: usize = 2 << 20;
+
 /// Sums over rows: runs `body` for ranges that cover `0..rows`, each with `columns` zeros of its own to add to, and adds these up. Ranges
 /// and order follow from the number of rows alone.
 pub(super) fn sum_over_rows(
@@ -120,6 +123,17 @@ impl<T: Held> Span<T> {
         let first = self.place(rows.start * width + columns.start, rows.len(), columns.len(), width);
         // SAFETY: within the tensor's elements; the rest is the caller's promise.
         unsafe { Window::new(first, rows.len(), columns.len(), width) }
+    }
+
+    /// The same for a loop's result, [streamed](Window::streamed) where the tensor is more than a processor's second cache.
+    ///
+    /// # Safety
+    /// As for [`Span::window`], and the thread that writes calls [`lm_kernels::finish_streams`] before its part of the loop ends.
+    pub(super) unsafe fn result(&self, rows: Range<usize>, columns: Range<usize>, width: usize) -> Window<'_, T> {
+        // SAFETY: the caller's promise.
+        let window = unsafe { self.window(rows, columns, width) };
+        // SAFETY: as above: the thread waits for its streams.
+        if self.len * size_of::<T>() >= STREAMED { unsafe { window.streamed() } } else { window }
     }
 
     /// The same, to read.

@@ -3,13 +3,12 @@
 use std::ops::Range;
 
 use half::bf16;
-use hvd_torch::share_tasks;
-use lm_kernels::{Mask, PANEL, Pair, PanelRow, Window};
+use lm_kernels::{Lines, Mask, Multiplier, PANEL, Pair, PanelRow, View, Window};
 use tch::Tensor;
 
 use super::super::attention::{Head, Shape};
 use super::super::span::Span;
-use super::product::{Rows, multiply, on_this_thread};
+use super::product::share_products;
 
 /// Queries whose scores are computed at a time: as many as a panel has columns.
 const BLOCK: usize = PANEL;
@@ -26,34 +25,31 @@ pub(in super::super) fn forward(
     masks: Option<&[Mask]>,
 ) -> hvd_torch::Result<()> {
     let (qkv, out, log_sums) = (Span::<bf16>::of(qkv), Span::<bf16>::of(out), Span::<f32>::of(log_sums));
-    share_tasks(shape.b * shape.heads, &|heads| {
+    share_products(shape.b * shape.heads, &|heads, multiplier| {
         let room = Room::of(shape);
         let (mut keys, mut values) = (room.by_key(), room.by_width());
-        let (mut scores, mut weights, mut sums) =
-            (room.scores(), vec![bf16::ZERO; BLOCK * room.keys], room.sums(BLOCK));
-        on_this_thread(|| {
-            for head in heads.map(|index| shape.head(index)) {
-                // SAFETY: queries, keys and values are only read.
-                let [q, k, v] = [0, 1, 2].map(|which| unsafe { part(shape, &qkv, &head, which) });
-                room.pack_by_key(k, &mut keys);
-                room.pack_by_width(v, &mut values);
-                for (from, to, seen) in room.blocks() {
-                    let scores = &mut scores[..(to - from) * seen];
-                    room.scores_of(q.some(from..to), &keys, seen, scores);
-                    // SAFETY: a head's sums are written by one thread.
-                    let sums_of_rows = unsafe { log_sums.write(head.row + from..head.row + to) };
-                    lm_kernels::causal_softmax(scores, seen, from, shape.scale(), sums_of_rows);
-                    if let Some(mask) = shape.mask(masks, &head, from) {
-                        lm_kernels::drop_weights(scores, seen, from, mask);
-                    }
-                    lm_kernels::convert(scores, &mut weights[..scores.len()]);
-                    let weights = Rows { elements: &weights[..scores.len()], stride: seen };
-                    room.gather(weights, &values, seen, &mut sums);
-                    // SAFETY: a head's results are written by one thread.
-                    unsafe { room.store(&sums, &out, head.at(from..to), head.column, shape.d) };
+        let (mut scores, mut weights, mut sums) = (room.scores(), Lines::zeros(BLOCK * room.keys), room.sums(BLOCK));
+        for head in heads.map(|index| shape.head(index)) {
+            // SAFETY: queries, keys and values are only read.
+            let [q, k, v] = [0, 1, 2].map(|which| unsafe { part(shape, &qkv, &head, which) });
+            room.pack_by_key(k, &mut keys);
+            room.pack_by_width(v, &mut values);
+            for (from, to, seen) in room.blocks() {
+                let scores = &mut scores[..(to - from) * seen];
+                room.scores_of(multiplier, q.rows(from..to), &keys, seen, scores);
+                // SAFETY: a head's sums are written by one thread.
+                let sums_of_rows = unsafe { log_sums.write(head.row + from..head.row + to) };
+                lm_kernels::causal_softmax(scores, seen, from, shape.scale(), sums_of_rows);
+                if let Some(mask) = shape.mask(masks, &head, from) {
+                    lm_kernels::drop_weights(scores, seen, from, mask);
                 }
+                let weights = &mut weights[..scores.len()];
+                lm_kernels::convert(scores, weights);
+                room.gather(multiplier, View::of(weights, seen), &values, &mut sums);
+                // SAFETY: a head's results are written by one thread.
+                unsafe { room.store(&sums, &out, head.at(from..to), head.column, shape.d) };
             }
-        });
+        }
     })
 }
 
@@ -74,9 +70,9 @@ pub(in super::super) fn backward(
         into: Span::of(&result),
         masks,
     };
-    share_tasks(shape.b * shape.heads, &|heads| {
-        let mut scratch = Scratch::of(Room::of(shape));
-        on_this_thread(|| heads.for_each(|head| scratch.backward(&pass, &shape.head(head))));
+    share_products(shape.b * shape.heads, &|heads, multiplier| {
+        let mut scratch = Scratch::of(Room::of(shape), multiplier);
+        heads.for_each(|head| scratch.backward(&pass, &shape.head(head)));
     })?;
     Ok(result)
 }
@@ -95,37 +91,39 @@ struct Pass<'a> {
 }
 
 /// What a thread computes a head's gradients in.
-struct Scratch {
+struct Scratch<'a> {
     room: Room,
+    multiplier: &'a mut Multiplier,
     /// Keys and values, by key; keys by width.
-    keys: Vec<PanelRow>,
-    values: Vec<PanelRow>,
-    turned_keys: Vec<PanelRow>,
+    keys: Lines<PanelRow>,
+    values: Lines<PanelRow>,
+    turned_keys: Lines<PanelRow>,
     /// Of a block of queries: its weights, and their gradients.
-    weights: Vec<f32>,
-    grads: Vec<f32>,
+    weights: Lines<f32>,
+    grads: Lines<f32>,
     /// The same for products: rounded, and turned.
-    narrow: Vec<bf16>,
-    turned: Vec<Pair>,
+    narrow: Lines<bf16>,
+    turned: Lines<Pair>,
     /// The block's queries, or the gradients of its results.
-    block: Vec<PanelRow>,
+    block: Lines<PanelRow>,
     /// The gradients of its queries; of the head's keys and values.
-    of_queries: Vec<f32>,
-    of_keys: Vec<f32>,
-    of_values: Vec<f32>,
+    of_queries: Lines<f32>,
+    of_keys: Lines<f32>,
+    of_values: Lines<f32>,
 }
 
-impl Scratch {
-    fn of(room: Room) -> Scratch {
+impl<'a> Scratch<'a> {
+    fn of(room: Room, multiplier: &'a mut Multiplier) -> Self {
         Scratch {
+            multiplier,
             keys: room.by_key(),
             values: room.by_key(),
             turned_keys: room.by_width(),
             weights: room.scores(),
             grads: room.scores(),
-            narrow: vec![bf16::ZERO; BLOCK * room.keys],
-            turned: vec![0; BLOCK_PAIRS * room.keys],
-            block: vec![[0; PANEL]; BLOCK_PAIRS * room.panels],
+            narrow: Lines::zeros(BLOCK * room.keys),
+            turned: Lines::zeros(BLOCK_PAIRS * room.keys),
+            block: Lines::zeros(BLOCK_PAIRS * room.panels),
             of_queries: room.sums(BLOCK),
             of_keys: room.sums(room.keys),
             of_values: room.sums(room.keys),
@@ -158,20 +156,21 @@ impl Scratch {
         let (shape, count, adds) = (pass.shape, rows.len() * seen, rows.end < pass.shape.t);
         // SAFETY: queries and the results' gradients are only read.
         let (q, outside) = unsafe { (part(shape, &pass.qkv, head, 0), result_of(shape, &pass.grad, head)) };
-        let (q, outside) = (q.some(rows.clone()), outside.some(rows.clone()));
+        let (q, outside) = (q.rows(rows.clone()), outside.rows(rows.clone()));
         self.differentiate(pass, head, rows.clone(), seen);
 
         let (weights, grads) = (&self.weights[..count], &self.grads[..count]);
         let narrow = &mut self.narrow[..count];
         lm_kernels::convert(grads, narrow);
-        self.room.gather(Rows { elements: narrow, stride: seen }, &self.turned_keys, seen, &mut self.of_queries);
+        let narrow = View::of(narrow, seen);
+        self.room.gather(self.multiplier, narrow, &self.turned_keys, &mut self.of_queries);
         // SAFETY: a head's gradients are written by one thread.
         unsafe { self.room.store(&self.of_queries, &pass.into, head.at(rows), head.column, 3 * shape.d) };
         let turned = &mut self.turned[..BLOCK_PAIRS * seen];
         for (given, other, into) in [(grads, q, &mut self.of_keys), (weights, outside, &mut self.of_values)] {
-            lm_kernels::transpose(given, seen, Window::of(turned, BLOCK_PAIRS));
+            lm_kernels::transpose(View::of(given, seen), Window::of(turned, BLOCK_PAIRS));
             self.room.pack_block(other, &mut self.block);
-            self.room.spread(turned, &self.block, seen, into, adds);
+            self.room.spread(self.multiplier, turned, &self.block, into, adds);
         }
     }
 
@@ -180,16 +179,16 @@ impl Scratch {
         let (shape, count, places) = (pass.shape, rows.len() * seen, head.row + rows.start..head.row + rows.end);
         // SAFETY: all of these are only read.
         let (q, [out, outside], log_sums) = unsafe {
-            let results = [&pass.out, &pass.grad].map(|span| result_of(shape, span, head).some(rows.clone()));
-            (part(shape, &pass.qkv, head, 0).some(rows.clone()), results, pass.log_sums.read(places))
+            let results = [&pass.out, &pass.grad].map(|span| result_of(shape, span, head).rows(rows.clone()));
+            (part(shape, &pass.qkv, head, 0).rows(rows.clone()), results, pass.log_sums.read(places))
         };
         let (weights, grads) = (&mut self.weights[..count], &mut self.grads[..count]);
-        self.room.scores_of(q, &self.keys, seen, weights);
+        self.room.scores_of(self.multiplier, q, &self.keys, seen, weights);
         lm_kernels::causal_weights(weights, seen, rows.start, shape.scale(), log_sums);
-        self.room.scores_of(outside, &self.values, seen, grads);
+        self.room.scores_of(self.multiplier, outside, &self.values, seen, grads);
         let mut dots = [0.0; BLOCK];
         let dots = &mut dots[..rows.len()];
-        lm_kernels::row_dots(out.elements, outside.elements, [shape.width(), shape.d], dots);
+        lm_kernels::row_dots(out, outside, dots);
         let mask = shape.mask(pass.masks, head, rows.start);
         lm_kernels::causal_softmax_backward(weights, grads, seen, rows.start, dots, shape.scale(), mask);
     }
@@ -199,21 +198,19 @@ impl Scratch {
 ///
 /// # Safety
 /// Nobody writes to them.
-unsafe fn part<'a>(shape: &Shape, qkv: &'a Span<bf16>, head: &Head, which: usize) -> Rows<'a> {
-    let (start, stride) = (head.qkv + which * shape.d, 3 * shape.d);
+unsafe fn part<'a>(shape: &Shape, qkv: &'a Span<bf16>, head: &Head, which: usize) -> View<'a, bf16> {
+    let first = head.column + which * shape.d;
     // SAFETY: the caller's promise.
-    let elements = unsafe { qkv.read(start..start + (shape.t - 1) * stride + shape.width()) };
-    Rows { elements, stride }
+    unsafe { qkv.view(head.at(0..shape.t), first..first + shape.width(), 3 * shape.d) }
 }
 
 /// The rows of a head of the results, or of their gradients.
 ///
 /// # Safety
 /// Nobody writes to them.
-unsafe fn result_of<'a>(shape: &Shape, span: &'a Span<bf16>, head: &Head) -> Rows<'a> {
+unsafe fn result_of<'a>(shape: &Shape, span: &'a Span<bf16>, head: &Head) -> View<'a, bf16> {
     // SAFETY: the caller's promise.
-    let elements = unsafe { span.read(head.out..head.out + (shape.t - 1) * shape.d + shape.width()) };
-    Rows { elements, stride: shape.d }
+    unsafe { span.view(head.at(0..shape.t), head.column..head.column + shape.width(), shape.d) }
 }
 
 /// The sizes of a head, and what follows from them.
@@ -241,69 +238,74 @@ impl Room {
     }
 
     /// For panels that have a column for each key, as deep as a head is wide.
-    fn by_key(&self) -> Vec<PanelRow> {
-        vec![[0; PANEL]; self.keys / PANEL * self.width / 2]
+    fn by_key(&self) -> Lines<PanelRow> {
+        Lines::zeros(self.keys / PANEL * self.width / 2)
     }
 
     /// For panels that have the head's columns, and a depth of all keys.
-    fn by_width(&self) -> Vec<PanelRow> {
-        vec![[0; PANEL]; self.panels * self.keys / 2]
+    fn by_width(&self) -> Lines<PanelRow> {
+        Lines::zeros(self.panels * self.keys / 2)
     }
 
     /// For a block's scores.
-    fn scores(&self) -> Vec<f32> {
-        vec![0.0; BLOCK * self.keys]
+    fn scores(&self) -> Lines<f32> {
+        Lines::zeros(BLOCK * self.keys)
     }
 
     /// For sums of so many rows: those of the first panel's columns, then those of the next.
-    fn sums(&self, rows: usize) -> Vec<f32> {
-        vec![0.0; self.panels * rows * PANEL]
+    fn sums(&self, rows: usize) -> Lines<f32> {
+        Lines::zeros(self.panels * rows * PANEL)
     }
 
-    fn pack_by_key(&self, matrix: Rows, panels: &mut [PanelRow]) {
+    fn pack_by_key(&self, matrix: View<bf16>, panels: &mut [PanelRow]) {
         for (at, panel) in panels.chunks_exact_mut(self.width / 2).enumerate() {
-            let keys = at * PANEL..self.t.min((at + 1) * PANEL);
-            lm_kernels::pack_columns(matrix.some(keys).elements, matrix.stride, self.width, panel);
+            lm_kernels::pack_columns(matrix.rows(at * PANEL..self.t.min((at + 1) * PANEL)), panel);
         }
     }
 
-    fn pack_by_width(&self, matrix: Rows, panels: &mut [PanelRow]) {
-        for (at, panel) in panels.chunks_exact_mut(self.keys / 2).enumerate() {
-            let first = at * PANEL;
-            let columns = PANEL.min(self.width - first);
-            lm_kernels::pack_rows(&matrix.elements[first..], matrix.stride, columns, &mut panel[..self.t.div_ceil(2)]);
-        }
+    fn pack_by_width(&self, matrix: View<bf16>, panels: &mut [PanelRow]) {
+        let panels = Window::of(panels, self.keys / 2).columns(0..self.t.div_ceil(2));
+        lm_kernels::pack_rows(matrix, panels);
     }
 
     /// As [`Room::pack_by_width`], of a block's rows; zeros follow the last.
-    fn pack_block(&self, matrix: Rows, panels: &mut [PanelRow]) {
-        let rows = matrix.count();
+    fn pack_block(&self, matrix: View<bf16>, panels: &mut [PanelRow]) {
+        let [rows, _] = matrix.shape();
         let block = Room { t: rows, keys: BLOCK, ..*self };
         panels.iter_mut().for_each(|row| row.fill(0));
         block.pack_by_width(matrix, panels);
     }
 
     /// `scores (rows, seen) = left · panelsᵀ`
-    fn scores_of(&self, left: Rows, panels: &[PanelRow], seen: usize, scores: &mut [f32]) {
+    fn scores_of(
+        &self,
+        multiplier: &mut Multiplier,
+        left: View<bf16>,
+        panels: &[PanelRow],
+        seen: usize,
+        scores: &mut [f32],
+    ) {
         for (at, panel) in panels.chunks_exact(self.width / 2).take(seen / PANEL).enumerate() {
-            multiply(left, panel, &mut scores[at * PANEL..], seen, false);
+            let mut scores = Window::of(scores, seen).columns(at * PANEL..(at + 1) * PANEL);
+            multiplier.multiply(left, panel, &mut scores, false);
         }
     }
 
     /// `sums (rows, width) = weights (rows, seen) · panels`
-    fn gather(&self, weights: Rows, panels: &[PanelRow], seen: usize, sums: &mut [f32]) {
-        let share = sums.len() / self.panels;
+    fn gather(&self, multiplier: &mut Multiplier, weights: View<bf16>, panels: &[PanelRow], sums: &mut [f32]) {
+        let ([rows, seen], share) = (weights.shape(), sums.len() / self.panels);
         for (panel, sums) in panels.chunks_exact(self.keys / 2).zip(sums.chunks_exact_mut(share)) {
-            multiply(weights, &panel[..seen / 2], sums, PANEL, false);
+            let sums = &mut Window::of(&mut sums[..rows * PANEL], PANEL);
+            multiplier.multiply(weights, &panel[..seen / 2], sums, false);
         }
     }
 
     /// `sums (seen, width) = turned (seen, block) · block`, or adds that.
-    fn spread(&self, turned: &[Pair], block: &[PanelRow], seen: usize, sums: &mut [f32], adds: bool) {
-        let turned = Rows { elements: bytemuck::cast_slice(&turned[..seen * BLOCK_PAIRS]), stride: BLOCK };
-        let share = sums.len() / self.panels;
+    fn spread(&self, multiplier: &mut Multiplier, turned: &[Pair], block: &[PanelRow], sums: &mut [f32], adds: bool) {
+        let turned = View::of(bytemuck::cast_slice(turned), BLOCK);
+        let ([seen, _], share) = (turned.shape(), sums.len() / self.panels);
         for (panel, sums) in block.chunks_exact(BLOCK_PAIRS).zip(sums.chunks_exact_mut(share)) {
-            multiply(turned, panel, sums, PANEL, adds);
+            multiplier.multiply(turned, panel, &mut Window::of(&mut sums[..seen * PANEL], PANEL), adds);
         }
     }
 
@@ -315,8 +317,8 @@ impl Room {
         for (at, sums) in sums.chunks_exact(sums.len() / self.panels).enumerate() {
             let first = at * PANEL;
             let columns = column + first..column + self.width.min(first + PANEL);
-            // SAFETY: the caller's promise.
-            let out = unsafe { out.window(rows.clone(), columns, stride) };
+            // SAFETY: the caller's promise; `share_products` waits for what is streamed.
+            let out = unsafe { out.result(rows.clone(), columns, stride) };
             lm_kernels::store(&sums[..rows.len() * PANEL], None, out);
         }
     }

@@ -8,7 +8,8 @@ use tch::{Device, Kind, Tensor};
 use super::super::head::{HeadLoss, HeadOptions, add_scaled, count_correct, judge, total};
 use super::super::linear::Weight;
 use super::super::span::{Held, Span};
-use super::product::{Left, Panels, add_transposed, product};
+use super::product::{Left, Panels, product};
+use super::transposed::add_transposed;
 use crate::Result;
 
 /// The most elements of the logits that exist at a time: 128 MiB.
@@ -50,8 +51,8 @@ fn with_gradient(hidden: &Tensor, weight: &Tensor, targets: &[Target], options: 
         let (to, width) = (Span::<f32>::of(&of_hidden), of_hidden.size()[1] as usize);
         product(&Left::rows(&logits)?, &turned, &|block| {
             let rows = block.rows().start + start..block.rows().end + start;
-            // SAFETY: each block of the result is written once.
-            unsafe { lm_kernels::store(block.sums, None, to.window(rows, block.columns(), width)) };
+            // SAFETY: each block of the result is written once, and `product` waits for what is streamed; so below.
+            unsafe { lm_kernels::store(block.sums, None, to.result(rows, block.columns(), width)) };
         })?;
         last = Some(Piece { logits, hidden: head.hidden.f_narrow(0, start as i64, targets.len() as i64)? });
     }
@@ -133,7 +134,7 @@ impl Head {
         let to = Span::<E>::of(&logits);
         product(&Left::rows(&hidden)?, &self.weight, &|block| {
             // SAFETY: each block of the logits is written once.
-            unsafe { lm_kernels::store(block.sums, None, to.window(block.rows(), block.columns(), stride)) };
+            unsafe { lm_kernels::store(block.sums, None, to.result(block.rows(), block.columns(), stride)) };
         })?;
         if self.options.count_correct {
             self.correct += count_correct(&logits.f_narrow(1, 0, columns as i64)?, targets)?;

@@ -4,6 +4,7 @@
 pub(super) mod attention;
 mod head;
 mod product;
+mod transposed;
 
 use half::bf16;
 use tch::{Kind, Tensor};
@@ -11,7 +12,8 @@ use tch::{Kind, Tensor};
 use super::linear::Weight;
 use super::span::Span;
 use crate::{Error, Result};
-use product::{Left, Panels, add_transposed, product};
+use product::{Left, Panels, product};
+use transposed::add_transposed;
 
 pub(super) use head::linear_cross_entropy;
 
@@ -20,10 +22,10 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     let (out, width) = result(x, weight, bias, Kind::BFloat16)?;
     let (to, bias) = (Span::<bf16>::of(&out), bias.map(Span::of));
     product(&Left::rows(x)?, &Panels::of_columns(weight)?, &|block| {
-        // SAFETY: each block of the result is written once; the bias is only read.
+        // SAFETY: each block of the result is written once, and `product` waits for what is streamed; the bias is only read.
         unsafe {
             let bias = bias.as_ref().map(|bias| bias.read(block.columns()));
-            lm_kernels::store(block.sums, bias, to.window(block.rows(), block.columns(), width));
+            lm_kernels::store(block.sums, bias, to.result(block.rows(), block.columns(), width));
         }
     })?;
     Ok(out)
@@ -42,8 +44,8 @@ pub(super) fn linear_gelu(
     product(&Left::rows(x)?, &Panels::of_columns(weight)?, &|block| {
         // SAFETY: as above.
         unsafe {
-            let slopes = kept.as_ref().map(|kept| kept.window(block.rows(), block.columns(), width));
-            let out = to.window(block.rows(), block.columns(), width);
+            let slopes = kept.as_ref().map(|kept| kept.result(block.rows(), block.columns(), width));
+            let out = to.result(block.rows(), block.columns(), width);
             lm_kernels::gelu(block.sums, bias.read(block.columns()), out, slopes);
         }
     })?;
@@ -61,7 +63,7 @@ pub(super) fn add_product(residual: &Tensor, x: &Tensor, weight: &Tensor, bias: 
         // SAFETY: as above; the residual is only read.
         unsafe {
             let base = from.view(block.rows(), block.columns(), width);
-            let out = to.window(block.rows(), block.columns(), width);
+            let out = to.result(block.rows(), block.columns(), width);
             lm_kernels::add_to(base, block.sums, bias.read(block.columns()), out);
         }
     })?;
@@ -82,7 +84,7 @@ pub(super) fn linear_backward(
     product(&Left::rows(&grad)?, &Panels::of_rows(&weight.values)?, &|block| {
         // SAFETY: as above; the slopes are only read.
         unsafe {
-            let out = to.window(block.rows(), block.columns(), width);
+            let out = to.result(block.rows(), block.columns(), width);
             match &slopes {
                 Some(slopes) => {
                     lm_kernels::multiply_by(slopes.view(block.rows(), block.columns(), width), block.sums, out);

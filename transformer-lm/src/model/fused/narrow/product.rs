@@ -3,33 +3,26 @@
 use std::ops::Range;
 
 use half::bf16;
-use hvd_torch::{block, share_tasks};
-use lm_kernels::{PANEL, Pair, PanelRow};
+use hvd_torch::{Tasks, num_threads, share_tasks};
+use lm_kernels::{Lines, Multiplier, PANEL, Pair, PanelRow, View, Window};
 use tch::{Device, Kind, Tensor};
 
-use super::super::holds;
 use super::super::span::Span;
 
 /// Rows of a block: with its part of the left matrix they stay in a processor's second cache.
 const ROWS: usize = 256;
 
-/// The depth that is summed over at once.
-const DEPTH: usize = 1024;
+/// Panels of a block.
+const PANELS: usize = 8;
 
-/// Rows that are turned or packed at a time: as many as the processor reads ahead of at once.
-const STRIP: usize = 32;
+/// The depth that is summed over at once: so much of a strip stays in the first cache while the panels come by.
+pub(super) const DEPTH: usize = 512;
+
+/// Rows that are multiplied or packed at a time.
+pub(super) const STRIP: usize = 32;
 
 /// Tasks that there should be for each thread, at least.
 const TASKS: usize = 4;
-
-/// Panels that a part of the left matrix is read for.
-const PANELS: usize = 4;
-
-/// As many, where that part is too large for the cache.
-const PANELS_OF_DEEP: usize = 12;
-
-/// The depth from which on it is.
-const DEEP: usize = 4 * DEPTH;
 
 /// The left matrix of a product, row by row.
 pub(super) struct Left {
@@ -54,14 +47,13 @@ impl Left {
     ///
     /// # Safety
     /// Nobody writes to them while they are borrowed.
-    unsafe fn part(&self, rows: Range<usize>, depth: &Range<usize>) -> Rows<'_> {
-        let range = rows.start * self.depth + depth.start..(rows.end - 1) * self.depth + depth.end;
+    unsafe fn part(&self, rows: Range<usize>, depth: Range<usize>) -> View<'_, bf16> {
         // SAFETY: the caller's promise.
-        Rows { elements: unsafe { self.elements.read(range) }, stride: self.depth }
+        unsafe { self.elements.view(rows, depth, self.depth) }
     }
 }
 
-fn last_dimension(matrix: &Tensor) -> usize {
+pub(super) fn last_dimension(matrix: &Tensor) -> usize {
     matrix.size().last().map_or(1, |length| *length as usize)
 }
 
@@ -81,14 +73,11 @@ impl Panels {
         // Each thread takes whole rows, which it reads as they lie.
         share_tasks(depth.div_ceil(STRIP), &|strips| {
             for start in strips.map(|strip| strip * STRIP) {
-                let end = depth.min(start + STRIP);
-                for panel in 0..panels.count() {
-                    let part = panels.columns_of(panel);
-                    // SAFETY: the matrix is only read, and each strip of a panel is written by one thread.
-                    unsafe {
-                        let given = from.read(start * columns + part.start..(end - 1) * columns + part.end);
-                        lm_kernels::pack_rows(given, columns, part.len(), panels.rows_of(panel, &(start..end)));
-                    }
+                let strip = start..depth.min(start + STRIP);
+                // SAFETY: the matrix is only read, and each strip of the panels is written by one thread.
+                unsafe {
+                    let given = from.view(strip.clone(), 0..columns, columns);
+                    lm_kernels::pack_rows(given, panels.window(0..panels.count(), &strip));
                 }
             }
         })?;
@@ -105,8 +94,9 @@ impl Panels {
                 let part = panels.columns_of(panel);
                 // SAFETY: the matrix is only read, and each panel is written by one thread.
                 unsafe {
-                    let given = from.read(part.start * depth..part.end * depth);
-                    lm_kernels::pack_columns(given, depth, depth, panels.rows_of(panel, &(0..panels.depth)));
+                    let given = from.view(part, 0..depth, depth);
+                    let mut panel = panels.window(panel..panel + 1, &(0..panels.depth));
+                    lm_kernels::pack_columns(given, panel.row(0));
                 }
             }
         })?;
@@ -129,14 +119,15 @@ impl Panels {
         (start + depth.start / 2) * PANEL..(start + depth.end.div_ceil(2)) * PANEL
     }
 
-    /// Some of a panel's depth, to write to.
+    /// Some of the panels' depth, a row for each, to write to.
     ///
     /// # Safety
     /// Nobody else uses it while it is borrowed.
-    #[allow(clippy::mut_from_ref)] // the threads of a loop share the panels and write to parts of their own
-    unsafe fn rows_of(&self, panel: usize, depth: &Range<usize>) -> &mut [PanelRow] {
-        // SAFETY: the caller's promise.
-        unsafe { self.pairs.write(self.place(panel, depth)) }.as_chunks_mut().0
+    unsafe fn window(&self, panels: Range<usize>, depth: &Range<usize>) -> Window<'_, PanelRow> {
+        let (first, rows) = (self.place(panels.start, depth), depth.len().div_ceil(2));
+        let part = self.pairs.place(first.start, panels.len(), rows * PANEL, self.depth / 2 * PANEL);
+        // SAFETY: as was just checked it lies within the panels; the rest is the caller's promise.
+        unsafe { Window::new(part.cast(), panels.len(), rows, self.depth / 2) }
     }
 
     fn count(&self) -> usize {
@@ -180,107 +171,94 @@ impl Block<'_> {
 /// If the left matrix is not as wide as the right one is high.
 pub(super) fn product(left: &Left, right: &Panels, finish: &(dyn Fn(&Block) + Sync)) -> hvd_torch::Result<()> {
     assert_eq!(left.depth, right.depth, "matrices that do not fit");
-    let most = if left.depth > DEEP { PANELS_OF_DEEP } else { PANELS };
     let blocks = left.rows.div_ceil(ROWS);
-    let group = most.min(blocks * right.count() / (TASKS * tch::get_num_threads().max(1) as usize)).max(1);
-    let groups = right.count().div_ceil(group);
-    share_tasks(blocks * groups, &|tasks| {
-        let mut sums = vec![0.0; group * ROWS * PANEL];
-        on_this_thread(|| {
-            for task in tasks {
-                let (row, first) = (task / groups * ROWS, task % groups * group);
-                let rows = ROWS.min(left.rows - row);
-                let panels = first..right.count().min(first + group);
-                for depth in (0..left.depth).step_by(DEPTH) {
-                    let depths = depth..left.depth.min(depth + DEPTH);
-                    for (panel, sums) in panels.clone().zip(sums.chunks_mut(ROWS * PANEL)) {
-                        // SAFETY: both matrices are only read while they are borrowed.
-                        let (left, panel) =
-                            unsafe { (left.part(row..row + rows, &depths), right.part(panel, &depths)) };
-                        multiply(left, panel, sums, PANEL, depth > 0);
-                    }
-                }
-                for (panel, sums) in panels.zip(sums.chunks(ROWS * PANEL)) {
-                    let Range { start: column, end } = right.columns_of(panel);
-                    finish(&Block { sums: &sums[..rows * PANEL], row, column, columns: end - column });
-                }
+    let shares = (TASKS * num_threads()).div_ceil(blocks).min(right.count());
+    share_products(blocks * shares, &|tasks, multiplier| {
+        let mut sums = Sums::of(left.rows.min(ROWS), right.count().min(PANELS));
+        for task in tasks {
+            let (row, share) = (task / shares * ROWS, task % shares);
+            let rows = row..left.rows.min(row + ROWS);
+            let share = right.count() * share / shares..right.count() * (share + 1) / shares;
+            for first in share.clone().step_by(PANELS) {
+                let panels = first..share.end.min(first + PANELS);
+                sums.block((left, rows.clone()), (right, panels), multiplier, finish);
             }
-        });
+        }
     })
 }
 
-/// Rows of a matrix, `stride` elements apart.
-#[derive(Clone, Copy)]
-pub(super) struct Rows<'a> {
-    /// From the first one's first element to the last one's last, or to what lies between rows.
-    pub(super) elements: &'a [bf16],
-    pub(super) stride: usize,
+/// The sums of a block: for each panel its rows of [`PANEL`].
+pub(super) struct Sums {
+    all: Lines<f32>,
+    rows: usize,
 }
 
-impl<'a> Rows<'a> {
-    pub(super) fn count(self) -> usize {
-        self.elements.len().div_ceil(self.stride)
+impl Sums {
+    /// Of so many rows and panels, at most.
+    pub(super) fn of(rows: usize, panels: usize) -> Sums {
+        Sums { all: Lines::zeros(rows * panels * PANEL), rows }
     }
 
-    /// Some of them.
-    pub(super) fn some(self, rows: Range<usize>) -> Rows<'a> {
-        let end = self.elements.len().min(rows.end * self.stride);
-        Rows { elements: &self.elements[rows.start * self.stride..end], ..self }
-    }
-}
-
-/// `sums = left · panel`, or adds that, where rows of sums are `stride` apart; between [`on_this_thread`]'s brackets.
-pub(super) fn multiply(left: Rows, panel: &[PanelRow], sums: &mut [f32], stride: usize, adds: bool) {
-    let depth = 2 * panel.len();
-    let rows = left.count();
-    assert!(rows > 0 && depth <= left.stride && left.elements.len() >= (rows - 1) * left.stride + depth);
-    assert!(stride >= PANEL && sums.len() >= (rows - 1) * stride + PANEL);
-    let shape = block::Shape { rows, columns: PANEL, depth, strides: [left.stride, PANEL, stride] };
-    let (from, to) = (left.elements.as_ptr(), sums.as_mut_ptr());
-    // SAFETY: the operands are as large as was just checked, and borrowed, as are the sums.
-    done(unsafe { block::product(shape, from, panel.as_ptr().cast(), to, adds) });
-}
-
-/// `sum += factor · leftᵀ · right` in f32, where the rows of the left matrix are `columns` of `stride` elements.
-pub(super) fn add_transposed(
-    sum: &Tensor,
-    factor: f32,
-    left: &Tensor,
-    [columns, stride]: [usize; 2],
-    right: &Tensor,
-) -> hvd_torch::Result<()> {
-    if !holds::<f32>(sum) {
-        let apart = Tensor::f_zeros(sum.size(), (Kind::Float, Device::Cpu))?;
-        add_transposed(&apart, factor, left, [columns, stride], right)?;
-        let _ = sum.shallow_clone().f_add_(&apart)?;
-        return Ok(());
-    }
-    let width = last_dimension(right);
-    let depth = right.numel() / width;
-    let (to, left, right) = (Span::<f32>::of(sum), Span::<bf16>::of(left), Span::<bf16>::of(right));
-    let shape = block::Shape { rows: columns, columns: width, depth, strides: [stride, width, width] };
-    // SAFETY: `place` checks that the matrices are as large as the shape says; the sum is the caller's to write.
-    unsafe {
-        let (left, right) = (left.place(0, depth, columns, stride), right.place(0, depth, width, width));
-        block::add_transposed(shape, factor, left, right, to.place(0, columns, width, width))
-    }
-}
-
-/// Runs a loop that multiplies, and gives back what its products hold of the processor, also where it panics.
-pub(super) fn on_this_thread(run: impl FnOnce()) {
-    struct Release;
-    impl Drop for Release {
-        fn drop(&mut self) {
-            let _ = block::release(); // what is served has no errors
+    /// Hands the blocks of some rows and panels to `finish`.
+    fn block(
+        &mut self,
+        (left, rows): (&Left, Range<usize>),
+        (right, panels): (&Panels, Range<usize>),
+        multiplier: &mut Multiplier,
+        finish: &(dyn Fn(&Block) + Sync),
+    ) {
+        for start in (0..left.depth).step_by(DEPTH) {
+            let depths = start..left.depth.min(start + DEPTH);
+            let is_last = depths.end == left.depth;
+            // SAFETY: both matrices are only read while they are borrowed.
+            let part = unsafe { left.part(rows.clone(), depths.clone()) };
+            // SAFETY: as above.
+            let panel_at = |at: usize| unsafe { right.part(panels.start + at, &depths) };
+            self.multiply(multiplier, part, panels.len(), &panel_at, start > 0, |at, strip, sums| {
+                if is_last {
+                    let Range { start: column, end } = right.columns_of(panels.start + at);
+                    finish(&Block { sums, row: rows.start + strip.start, column, columns: end - column });
+                }
+            });
         }
     }
-    let _release = Release;
-    run();
+
+    /// `sums = left · panels`, or adds that, strip by strip; `done` then gets the panel, the strip's rows, and what is there of their sums.
+    pub(super) fn multiply<'a>(
+        &mut self,
+        multiplier: &mut Multiplier,
+        left: View<bf16>,
+        panels: usize,
+        panel_at: &dyn Fn(usize) -> &'a [PanelRow],
+        adds: bool,
+        mut done: impl FnMut(usize, Range<usize>, &[f32]),
+    ) {
+        let [rows, _] = left.shape();
+        for start in (0..rows).step_by(STRIP) {
+            let strip = start..rows.min(start + STRIP);
+            for at in 0..panels {
+                let first = at * self.rows;
+                let sums = &mut self.all[(first + strip.start) * PANEL..(first + strip.end) * PANEL];
+                multiplier.multiply(left.rows(strip.clone()), panel_at(at), &mut Window::of(sums, PANEL), adds);
+                done(at, strip.clone(), sums);
+            }
+        }
+    }
 }
 
-/// What is served has no errors; should there be one, the loop around it ends with it.
-fn done(result: hvd_torch::Result<()>) {
-    if let Err(error) = result {
-        panic!("a product of bf16: {error}");
+/// [`share_tasks`] with what multiplies on each thread. What is streamed to a [result](Span::result) is there when this returns.
+pub(super) fn share_products(count: usize, body: &(dyn Fn(Tasks, &mut Multiplier) + Sync)) -> hvd_torch::Result<()> {
+    /// Also where the body panics.
+    struct FinishStreams;
+    impl Drop for FinishStreams {
+        fn drop(&mut self) {
+            lm_kernels::finish_streams();
+        }
     }
+    share_tasks(count, &|tasks| {
+        let _streams = FinishStreams;
+        // SAFETY: what runs here are loops of ours, which call no library that multiplies.
+        let multiplier = unsafe { Multiplier::best() };
+        body(tasks, &mut multiplier.expect("products of bf16 are served where the processor has them"));
+    })
 }
