@@ -6,6 +6,7 @@ use std::array::from_fn;
 use half::bf16;
 
 use super::activation::{gate, slope};
+use super::norm::AddScaled;
 use super::{Element, PANEL, View, Window};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
@@ -140,10 +141,8 @@ struct Accumulate<'a> {
 impl Kernel for Accumulate<'_> {
     #[inline(always)]
     fn run<I: Isa>(mut self) {
-        for (at, sums) in block_rows(self.sums) {
-            for (out, sum) in self.out.row(at).iter_mut().zip(sums) {
-                *out = sum.mul_add(self.factor, *out);
-            }
+        for (at, values) in block_rows(self.sums) {
+            AddScaled { values, factor: self.factor, sum: self.out.row(at) }.run::<I>();
         }
     }
 }

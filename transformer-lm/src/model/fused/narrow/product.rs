@@ -24,6 +24,11 @@ pub(super) const STRIP: usize = 32;
 /// Tasks that there should be for each thread, at least.
 const TASKS: usize = 4;
 
+/// The parts of a depth that are summed over one after the other.
+pub(super) fn depths(depth: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..depth).step_by(DEPTH).map(move |start| start..depth.min(start + DEPTH))
+}
+
 /// The left matrix of a product, row by row.
 pub(super) struct Left {
     elements: Span<bf16>,
@@ -207,14 +212,13 @@ impl Sums {
         multiplier: &mut Multiplier,
         finish: &(dyn Fn(&Block) + Sync),
     ) {
-        for start in (0..left.depth).step_by(DEPTH) {
-            let depths = start..left.depth.min(start + DEPTH);
-            let is_last = depths.end == left.depth;
+        for depths in depths(left.depth) {
+            let (adds, is_last) = (depths.start > 0, depths.end == left.depth);
             // SAFETY: both matrices are only read while they are borrowed.
             let part = unsafe { left.part(rows.clone(), depths.clone()) };
             // SAFETY: as above.
             let panel_at = |at: usize| unsafe { right.part(panels.start + at, &depths) };
-            self.multiply(multiplier, part, panels.len(), &panel_at, start > 0, |at, strip, sums| {
+            self.multiply(multiplier, part, panels.len(), &panel_at, adds, |at, strip, sums| {
                 if is_last {
                     let Range { start: column, end } = right.columns_of(panels.start + at);
                     finish(&Block { sums, row: rows.start + strip.start, column, columns: end - column });

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::super::holds;
 use super::super::span::Span;
-use super::product::{DEPTH, STRIP, Sums, last_dimension, share_products};
+use super::product::{DEPTH, STRIP, Sums, depths, last_dimension, share_products};
 
 /// The most rows of a block of the sum. It is turned as often as blocks lie beside each other, and its panels are packed as often as blocks
 /// lie one above the other: a large one pays, and these just stay in a processor's second cache with what they are made of.
@@ -46,15 +46,14 @@ pub(super) fn add_transposed(
     share_products(cut.tasks(), &|tasks, multiplier| {
         let mut scratch = Scratch::of(&cut);
         for (rows, columns) in tasks.map(|task| cut.block(task)) {
-            for start in (0..depth).step_by(DEPTH) {
-                let depths = start..depth.min(start + DEPTH);
-                let is_last = depths.end == depth;
+            for depths in depths(depth) {
+                let (adds, is_last) = (depths.start > 0, depths.end == depth);
                 // SAFETY: both matrices are only read.
                 let parts = unsafe {
                     let left = left.view(depths.clone(), rows.clone(), stride);
                     [left, right.view(depths, columns.clone(), width)]
                 };
-                scratch.multiply(multiplier, parts, start > 0, |panel, strip, sums| {
+                scratch.multiply(multiplier, parts, adds, |panel, strip, sums| {
                     if is_last {
                         let rows = rows.start + strip.start..rows.start + strip.end;
                         let first = columns.start + panel * PANEL;
