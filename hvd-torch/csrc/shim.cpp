@@ -60,6 +60,8 @@ struct PostAccumulateHook final : torch::autograd::PostAccumulateGradHook {
   HookCall call;
   HookDrop drop;
   void* context;
+  // What becomes the gradient where one begins; none where it does not matter.
+  Tensor place;
 
   PostAccumulateHook(HookCall call, HookDrop drop, void* context) : call(call), drop(drop), context(context) {}
   PostAccumulateHook(const PostAccumulateHook&) = delete;
@@ -68,6 +70,11 @@ struct PostAccumulateHook final : torch::autograd::PostAccumulateGradHook {
 
   void operator()(const torch::autograd::Variable&) override { call(context); }
 };
+
+// The hook of `leaf`; null where it has none of ours.
+PostAccumulateHook* hook_of(const Tensor& leaf) {
+  return dynamic_cast<PostAccumulateHook*>(torch::autograd::impl::post_acc_grad_hooks(leaf).get());
+}
 
 // Gets the gradients of a function's results; gives those of its inputs, each a new tensor or null for none.
 using BackwardCall = int (*)(void* context, Tensor* const* grads, size_t results, Tensor** input_grads, size_t inputs);
@@ -220,6 +227,26 @@ int hvd_grad_defined(Tensor* leaf, int* defined) {
 // Makes `grad` the gradient of `leaf`; null for none.
 int hvd_grad_set(Tensor* leaf, Tensor* grad) {
   return guarded([&] { leaf->mutable_grad() = grad ? *grad : Tensor(); });
+}
+
+// Has hvd_grad_begin make `place` the gradient of `leaf`, which has a hook.
+int hvd_grad_place(Tensor* leaf, Tensor* place) {
+  return guarded([&] {
+    PostAccumulateHook* hook = hook_of(*leaf);
+    TORCH_CHECK(hook, "only a tensor with a hook can say where its gradient begins");
+    hook->place = *place;
+  });
+}
+
+// Gives `leaf` a gradient of any values where it has none, and says whether it did.
+int hvd_grad_begin(Tensor* leaf, int* begins) {
+  return guarded([&] {
+    *begins = !leaf->grad().defined();
+    if (!*begins) return;
+    PostAccumulateHook* hook = hook_of(*leaf);
+    at::NoGradGuard no_grad;
+    leaf->mutable_grad() = hook && hook->place.defined() ? hook->place : at::empty_like(*leaf, at::MemoryFormat::Contiguous);
+  });
 }
 
 // Whether operations are being recorded, on this thread.

@@ -27,6 +27,15 @@ impl Hook {
         shim::hook_set(leaf, Box::new(hook))?;
         Ok(Hook { leaf: leaf.shallow_clone() })
     }
+
+    /// Has [`accumulate`] begin gradients in `place`, whatever that holds.
+    ///
+    /// # Errors
+    /// If shape, kind or device are not the leaf's.
+    pub(crate) fn begin_in(leaf: &Tensor, place: &Tensor) -> Result<()> {
+        check_fits(leaf, place)?;
+        shim::grad_place(leaf, place)
+    }
 }
 
 impl Drop for Hook {
@@ -44,13 +53,15 @@ impl Drop for Hook {
 /// # Errors
 /// If shape, kind or device differ.
 pub fn set_grad(leaf: &Tensor, grad: Option<&Tensor>) -> Result<()> {
-    if let Some(grad) = grad {
-        let fits = grad.size() == leaf.size() && grad.kind() == leaf.kind() && grad.device() == leaf.device();
-        if !fits {
-            return Err(Error::invalid(format!("a gradient {grad:?} does not fit a parameter {leaf:?}")));
-        }
-    }
+    grad.map_or(Ok(()), |grad| check_fits(leaf, grad))?;
     shim::grad_set(leaf, grad)
+}
+
+fn check_fits(leaf: &Tensor, grad: &Tensor) -> Result<()> {
+    match grad.size() == leaf.size() && grad.kind() == leaf.kind() && grad.device() == leaf.device() {
+        true => Ok(()),
+        false => Err(Error::invalid(format!("a gradient {grad:?} does not fit a parameter {leaf:?}"))),
+    }
 }
 
 /// The gradient of `leaf`, if it has one.
@@ -58,19 +69,25 @@ pub fn grad(leaf: &Tensor) -> Result<Option<Tensor>> {
     Ok(if shim::grad_defined(leaf)? { Some(leaf.f_grad()?) } else { None })
 }
 
-/// Has `add` add to the gradient of `leaf` in place, and makes one of zeros first where there is none. For a function given to
+/// What a function that adds to a gradient finds there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Onto {
+    /// Values without meaning, to be written over.
+    Nothing,
+    /// A gradient, to be added to.
+    Gradient,
+}
+
+/// Has `add` add to the gradient of `leaf` in place, or begin it where there is none. For a function given to
 /// [`differentiate`] that would otherwise make a large gradient only for torch to add it: it gives an undefined one (`Tensor::new()`)
 /// instead. A hook of `leaf` runs as ever, once all functions of the graph that `leaf` went into have done their part.
 ///
 /// # Errors
-/// What `add` returns; with torch's reason.
-pub fn accumulate(leaf: &Tensor, add: impl FnOnce(Tensor) -> Result<()>) -> Result<()> {
-    if !shim::grad_defined(leaf)? {
-        let zeros = tch::no_grad(|| leaf.f_zeros_like())?;
-        shim::grad_set(leaf, Some(&zeros))?;
-    }
+/// What `add` returns, after which a gradient that it was to begin means nothing; with torch's reason.
+pub fn accumulate(leaf: &Tensor, add: impl FnOnce(Tensor, Onto) -> Result<()>) -> Result<()> {
+    let onto = if shim::grad_begin(leaf)? { Onto::Nothing } else { Onto::Gradient };
     let grad = leaf.f_grad()?;
-    tch::no_grad(|| add(grad))
+    tch::no_grad(|| add(grad, onto))
 }
 
 /// Backward from several roots, each with the gradient that comes from outside (`None`: 1, for a scalar root).

@@ -35,6 +35,8 @@ unsafe extern "C" {
     fn hvd_grad_data(leaf: *mut C_tensor, data: *mut *mut c_void) -> c_int;
     fn hvd_grad_defined(leaf: *mut C_tensor, defined: *mut c_int) -> c_int;
     fn hvd_grad_set(leaf: *mut C_tensor, grad: *mut C_tensor) -> c_int;
+    fn hvd_grad_place(leaf: *mut C_tensor, place: *mut C_tensor) -> c_int;
+    fn hvd_grad_begin(leaf: *mut C_tensor, begins: *mut c_int) -> c_int;
     fn hvd_grad_enabled() -> c_int;
     fn hvd_differentiate(
         inputs: List,
@@ -165,6 +167,19 @@ pub(crate) fn grad_defined(leaf: &Tensor) -> Result<bool> {
 pub(crate) fn grad_set(leaf: &Tensor, grad: Option<&Tensor>) -> Result<()> {
     // SAFETY: live tensors; null means none.
     check(unsafe { hvd_grad_set(raw(leaf), grad.map_or(null_mut(), raw)) })
+}
+
+pub(crate) fn grad_place(leaf: &Tensor, place: &Tensor) -> Result<()> {
+    // SAFETY: live tensors.
+    check(unsafe { hvd_grad_place(raw(leaf), raw(place)) })
+}
+
+/// Gives `leaf` a gradient of any values where it has none; whether it did.
+pub(crate) fn grad_begin(leaf: &Tensor) -> Result<bool> {
+    let mut begins = 0;
+    // SAFETY: a live tensor, a place to write to.
+    check(unsafe { hvd_grad_begin(raw(leaf), &mut begins) })?;
+    Ok(begins != 0)
 }
 
 /// Gets the gradients of a function's results and gives those of its inputs.

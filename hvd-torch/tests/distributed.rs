@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Mlp, SIZES, adamw, distance, numbers, ranks, ranks_sharing, values, watched};
+use hvd_torch::autograd::{self, Onto};
 use hvd_torch::{
     AdamW, Builder, Compression, DistributedOptimizer, Optimizer, ReduceOp, TchOptimizer, World, set_grad,
 };
@@ -206,7 +207,7 @@ fn a_step_can_be_skipped_and_passes_changed_in_between() {
             optimizer.scale_gradients(0.5).unwrap();
             optimizer.zero_grad().unwrap();
             assert_eq!(values(&mlp.params[0].1), before);
-            assert!(mlp.gradients().iter().flat_map(values).all(|x| x == 0.0));
+            assert!(mlp.params.iter().all(|(_, param)| autograd::grad(param).unwrap().is_none()));
 
             optimizer.set_backward_passes_per_step(2);
             (0..2).for_each(|_| mlp.loss(&batch).backward());
@@ -352,6 +353,7 @@ fn gradients_in_shared_memory_are_averaged_and_outlive_the_world() {
                 let builder = DistributedOptimizer::builder(adamw(own)).world(world.clone());
                 let mut optimizer = builder.bucket_bytes(bucket_bytes).build().unwrap();
                 for step in 0..3 {
+                    optimizer.zero_grad().unwrap();
                     let factor = (step + world.rank() as i64) as f64;
                     let losses = params.iter().map(|(_, param)| (param * factor).sum(Kind::Double));
                     losses.sum::<Tensor>().backward();
@@ -361,13 +363,49 @@ fn gradients_in_shared_memory_are_averaged_and_outlive_the_world() {
                         assert_eq!(off.abs().max().double_value(&[]), 0.0);
                     }
                     optimizer.step().unwrap();
-                    optimizer.zero_grad().unwrap();
                 }
                 params.iter().for_each(|(_, param)| _ = param.grad().fill_(7));
                 params.iter().map(|(_, param)| param.grad()).collect::<Vec<_>>()
             });
             assert!(gradients.iter().flatten().all(|grad| grad.mean(Kind::Double).double_value(&[]) == 7.0));
         }
+    });
+}
+
+/// A function that adds to gradients itself finds none after `zero_grad`, and begins it where the bucket has it.
+#[test]
+fn gradients_begin_anew_in_the_buckets() {
+    watched(|| {
+        ranks(2, |world| {
+            let mlp = Mlp::new(Kind::Double);
+            let mut optimizer = builder(&world, &mlp).build().unwrap();
+            let param = &mlp.params[0].1;
+            let place = param.grad().data_ptr();
+            for round in 0..3 {
+                optimizer.zero_grad().unwrap();
+                assert!(mlp.params.iter().all(|(_, param)| autograd::grad(param).unwrap().is_none()));
+                let kept = param.shallow_clone();
+                let product = tch::no_grad(|| param.sum(Kind::Double));
+                let backward = move |_: &[Tensor]| {
+                    autograd::accumulate(&kept, |mut grad, onto| {
+                        assert_eq!(onto, Onto::Nothing, "round {round}");
+                        _ = grad.f_fill_(2.0)?;
+                        Ok(())
+                    })?;
+                    Ok(vec![Tensor::new()])
+                };
+                autograd::differentiate(&[param], std::slice::from_ref(&product), backward).unwrap();
+                (product + (param * 3.0).sum(Kind::Double)).backward();
+                optimizer.synchronize().unwrap();
+                assert_eq!((param.grad() - 5.0).abs().max().double_value(&[]), 0.0);
+                assert_eq!(param.grad().data_ptr(), place);
+                // The others were not used: zeros, whatever was there before.
+                let others = mlp.params[1..].iter().map(|(_, param)| param.grad().abs().max().double_value(&[]));
+                assert_eq!(others.fold(0.0, f64::max), 0.0);
+                optimizer.step().unwrap();
+                mlp.params.iter().for_each(|(_, param)| _ = param.grad().fill_(f64::NAN));
+            }
+        });
     });
 }
 

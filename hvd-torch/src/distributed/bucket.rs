@@ -6,6 +6,7 @@ use hvd_core::World;
 use tch::Tensor;
 
 use super::plan::BucketPlan;
+use crate::autograd::Hook;
 use crate::error::Result;
 use crate::memory;
 use crate::ops::TensorHandle;
@@ -65,9 +66,9 @@ impl Bucket {
         self.members.iter_mut().try_for_each(Member::collect)
     }
 
-    /// Lets the parameters' gradients be the flat tensor's parts again, whatever they are now.
-    pub(super) fn attach(&mut self) -> Result<()> {
-        self.members.iter_mut().try_for_each(Member::attach)
+    /// Removes the parameters' gradients.
+    pub(super) fn clear(&self) -> Result<()> {
+        self.members.iter().try_for_each(|member| shim::grad_set(&member.param, None))
     }
 
     /// Counts anew.
@@ -86,6 +87,7 @@ impl Member {
         let address = view.data_ptr();
         let mut member = Member { name, param, view, address, fired: 0 };
         member.collect()?;
+        Hook::begin_in(&member.param, &member.view)?;
         Ok(member)
     }
 
@@ -104,12 +106,5 @@ impl Member {
             Ok(())
         })?;
         shim::grad_set(&self.param, Some(&self.view))
-    }
-
-    fn attach(&mut self) -> Result<()> {
-        if shim::grad_data(&self.param)? != self.address {
-            shim::grad_set(&self.param, Some(&self.view))?;
-        }
-        Ok(())
     }
 }

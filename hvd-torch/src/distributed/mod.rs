@@ -131,17 +131,15 @@ impl<O: Optimizer> DistributedOptimizer<O> {
         result
     }
 
-    /// Zeroes the gradients, and removes sparse ones. After [`DistributedOptimizer::synchronize`] without a step, this skips the step.
+    /// Removes the gradients, so that those of the next step begin anew: nobody need write zeros only to add to them. After
+    /// [`DistributedOptimizer::synchronize`] without a step, this skips the step.
     ///
     /// # Errors
     /// While reductions are under way.
     pub fn zero_grad(&mut self) -> Result<()> {
         self.check_idle("zero_grad()")?;
         let mut state = self.shared.lock();
-        let flats: Vec<_> = state.buckets.iter().map(|bucket| bucket.flat.shallow_clone()).collect();
-        foreach::zero_(&flats)?;
-        state.buckets.iter_mut().try_for_each(Bucket::attach)?;
-        // What backward then makes is sparse.
+        state.buckets.iter().try_for_each(Bucket::clear)?;
         state.sparse.iter().try_for_each(|it| set_grad(&it.param, None))?;
         state.begin();
         Ok(())

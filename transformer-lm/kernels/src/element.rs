@@ -224,7 +224,8 @@ mod tests {
         for level in Level::available() {
             for (start, len) in [(0, 0), (0, 15), (0, 16), (3, 16), (0, 31), (0, 32), (32, 70), (1, 70), (0, 128)] {
                 let values = &numbers(len)[..];
-                let [mut plain, mut streamed] = [(); 2].map(|()| Lines::<E>::zeros(start + len + 5));
+                let [mut plain, mut streamed] = [(); 2].map(|()| Lines::<E>::any(start + len + 5));
+                [&mut plain, &mut streamed].into_iter().for_each(|lines| lines.fill(E::zeroed()));
                 let place = start..start + len;
                 let (to, beside) = (&mut plain[place.clone()], &mut streamed[place]);
                 dispatch_at(level, Write { values, plain: to, streamed: beside });

@@ -33,6 +33,12 @@ pub fn add_to(base: View<f32>, sums: &[f32], bias: &[f32], out: Window<f32>) {
     dispatch(AddTo { base, sums, bias, out });
 }
 
+/// `out = factor · sums`.
+pub fn scale(sums: &[f32], factor: f32, out: Window<f32>) {
+    check(sums, None, out.shape());
+    dispatch(Scale { sums, factor, out });
+}
+
 /// `out += factor · sums`.
 pub fn accumulate(sums: &[f32], factor: f32, out: Window<f32>) {
     check(sums, None, out.shape());
@@ -132,6 +138,21 @@ impl Kernel for AddTo<'_> {
     }
 }
 
+struct Scale<'a> {
+    sums: &'a [f32],
+    factor: f32,
+    out: Window<'a, f32>,
+}
+
+impl Kernel for Scale<'_> {
+    #[inline(always)]
+    fn run<I: Isa>(mut self) {
+        for (at, sums) in block_rows(self.sums) {
+            put::<I, f32>(&sums.map(|sum| self.factor * sum), &mut self.out, at);
+        }
+    }
+}
+
 struct Accumulate<'a> {
     sums: &'a [f32],
     factor: f32,
@@ -202,7 +223,7 @@ mod tests {
         let (sums, bias) = (&numbers(ROWS * PANEL)[..], &numbers(columns)[..]);
         check_levels(|level| {
             let [mut stored, mut given, mut slopes, mut alone] = [(); 4].map(|()| elements::<bf16>(columns));
-            let [mut plain, base, mut added] = [(); 3].map(|()| elements::<f32>(columns));
+            let [mut plain, base, mut added, mut scaled] = [(); 4].map(|()| elements::<f32>(columns));
             dispatch_at(level, Store { sums, bias: Some(bias), out: Window::of(&mut stored, columns) });
             dispatch_at(level, Store { sums, bias: None, out: Window::of(&mut plain, columns) });
             let (from, out) = (View::of(&base, columns), Window::of(&mut added, columns));
@@ -215,7 +236,8 @@ mod tests {
             let (factors, out) = (View::of(&given, columns), Window::of(&mut alone, columns));
             dispatch_at(level, MultiplyBy { factors, sums, out });
             dispatch_at(level, Accumulate { sums, factor: 0.3, out: Window::of(&mut added, columns) });
-            [plain, added, widened(&stored), widened(&given), widened(&alone), widened(&slopes)].concat()
+            dispatch_at(level, Scale { sums, factor: 0.3, out: Window::of(&mut scaled, columns) });
+            [plain, added, scaled, widened(&stored), widened(&given), widened(&alone), widened(&slopes)].concat()
         });
     }
 
@@ -227,8 +249,9 @@ mod tests {
     fn finish_columns(columns: usize) {
         let (sums, bias) = (&numbers(ROWS * PANEL)[..], &numbers(columns)[..]);
         let [mut stored, mut added] = [(); 2].map(|()| elements::<f32>(columns));
-        let (mut multiplied, mut more) = (elements::<bf16>(columns), elements::<f32>(columns));
+        let (mut multiplied, mut more, mut scaled) = (elements::<bf16>(columns), elements(columns), elements(columns));
         accumulate(sums, 2.0, Window::of(&mut more, columns));
+        scale(sums, 2.0, Window::of(&mut scaled, columns));
         store(sums, Some(bias), Window::of(&mut stored, columns));
         add_to(View::of(&elements(columns), columns), sums, bias, Window::of(&mut added, columns));
         multiply_by(View::of(&elements(columns), columns), sums, Window::of(&mut multiplied, columns));
@@ -236,7 +259,7 @@ mod tests {
             let (row, column) = (at / columns, at % columns);
             let (sum, bias) = (sums[row * PANEL + column], bias[column]);
             assert_eq!((stored[at], added[at], more[at]), (sum + bias, 0.5 + (sum + bias), 0.5 + 2.0 * sum));
-            assert_eq!(multiplied[at], bf16::from_f32(0.5 * sum));
+            assert_eq!((multiplied[at], scaled[at]), (bf16::from_f32(0.5 * sum), 2.0 * sum));
         }
     }
 }

@@ -25,7 +25,7 @@ pub use attention::{causal_softmax, causal_softmax_backward, causal_weights, dro
 pub use blocks::{Multiplier, Unit};
 pub use dropout::{Mask, mask_factors};
 pub use element::{Element, convert};
-pub use finish::{accumulate, add_to, gelu, multiply_by, store};
+pub use finish::{accumulate, add_to, gelu, multiply_by, scale, store};
 pub use lines::Lines;
 pub use loss::{Loss, Target, cross_entropy};
 pub use norm::{ColumnSums, Moments, Norm, Normalised, add_rows, add_scaled, normalise, normalise_backward};

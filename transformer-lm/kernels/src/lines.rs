@@ -1,5 +1,6 @@
 //! Memory for what a loop computes on the way.
 
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
@@ -18,12 +19,38 @@ pub struct Lines<T> {
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
+thread_local! {
+    /// What this thread has used before, and will soon use again.
+    static SPARE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// How many of them a thread keeps.
+const MOST: usize = 16;
+
 impl<T: Pod> Lines<T> {
-    /// So many zeros.
-    pub fn zeros(len: usize) -> Self {
+    /// So many elements of any value: most often what this thread has used before, which need not be given back and fetched anew.
+    pub fn any(len: usize) -> Self {
         const { assert!(size_of::<T>().is_power_of_two() && align_of::<T>() <= size_of::<Line>()) };
-        let lines = vec![Line::zeroed(); (len * size_of::<T>()).div_ceil(size_of::<Line>())];
-        Self { lines, len, _elements: PhantomData }
+        let count = (len * size_of::<T>()).div_ceil(size_of::<Line>());
+        let lines = SPARE.with_borrow_mut(|spare| {
+            let fits = |(_, lines): &(usize, &Vec<Line>)| lines.len() >= count;
+            let least = spare.iter().enumerate().filter(fits).min_by_key(|(_, lines)| lines.len());
+            least.map(|(at, _)| at).map(|at| spare.swap_remove(at))
+        });
+        Self { lines: lines.unwrap_or_else(|| vec![Line::zeroed(); count]), len, _elements: PhantomData }
+    }
+}
+
+impl<T> Drop for Lines<T> {
+    fn drop(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        // A thread that ends has no spare ones any more.
+        let _ = SPARE.try_with(|spare| {
+            let mut spare = spare.borrow_mut();
+            if !lines.is_empty() && spare.len() < MOST {
+                spare.push(lines);
+            }
+        });
     }
 }
 
@@ -48,10 +75,19 @@ mod tests {
     #[test]
     fn they_begin_with_a_line() {
         for len in [0, 1, 15, 16, 17, 1000] {
-            let mut lines = Lines::<f32>::zeros(len);
-            assert_eq!((&lines[..], lines.as_ptr() as usize % 64), (&vec![0.0; len][..], 0));
+            let mut lines = Lines::<f32>::any(len);
+            assert_eq!((lines.len(), lines.as_ptr() as usize % 64), (len, 0));
             lines.iter_mut().for_each(|value| *value = 1.0);
-            assert_eq!(lines.len(), len);
         }
+    }
+
+    #[test]
+    fn a_thread_uses_them_again() {
+        let first = Lines::<f32>::any(1000);
+        let place = first.as_ptr();
+        drop(first);
+        let [again, other] = [(); 2].map(|()| Lines::<u64>::any(400));
+        assert_eq!(again.as_ptr().cast(), place);
+        assert_ne!(other.as_ptr().cast(), place);
     }
 }

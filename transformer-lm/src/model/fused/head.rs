@@ -1,12 +1,12 @@
 //! The loss of a language model's head, without its logits: some rows' logits at a time become a loss and the gradients of the hidden
 //! states and of the weights, and are forgotten (Hsu et al., 2024, Liger kernel).
 
-use hvd_torch::autograd::{differentiate, wanted};
+use hvd_torch::autograd::{Onto, differentiate, wanted};
 use hvd_torch::parallel_for;
 use lm_kernels::{Element, Loss, Target};
 use tch::{Kind, Tensor};
 
-use super::linear::Weight;
+use super::linear::{Weight, add_matrices};
 use super::span::{Held, Span};
 use super::{is_quick, narrow};
 use crate::{Error, Result};
@@ -75,7 +75,7 @@ pub fn linear_cross_entropy(
         let backward = move |grads: &[Tensor]| {
             let factor = grads[0].double_value(&[]);
             let [of_hidden, of_weight] = &gradients;
-            let of_weight = kept.gradient(|sum| add_scaled(&sum, factor as f32, of_weight))?;
+            let of_weight = kept.gradient(|sum, onto| add_scaled(&sum, onto, factor, of_weight))?;
             Ok(vec![of_hidden.f_mul_scalar(factor)?, of_weight])
         };
         differentiate(&[hidden, weight], std::slice::from_ref(&loss), backward)?;
@@ -83,12 +83,16 @@ pub fn linear_cross_entropy(
     Ok(Some(HeadLoss { loss, correct: options.count_correct.then_some(head.correct) }))
 }
 
-/// `sum += factor · values`
-pub(super) fn add_scaled(sum: &Tensor, factor: f32, values: &Tensor) -> hvd_torch::Result<()> {
+/// `sum = factor · values`, or adds that.
+pub(super) fn add_scaled(sum: &Tensor, onto: Onto, factor: f64, values: &Tensor) -> hvd_torch::Result<()> {
+    if onto == Onto::Nothing {
+        let _ = values.f_mul_scalar_out(sum, factor)?;
+        return Ok(());
+    }
     let (into, from) = (Span::of(sum), Span::of(values));
     parallel_for(sum.numel(), GRAIN, &|range| {
         // SAFETY: each range is written by one thread.
-        unsafe { lm_kernels::add_scaled(from.read(range.clone()), factor, into.write(range)) };
+        unsafe { lm_kernels::add_scaled(from.read(range.clone()), factor as f32, into.write(range)) };
     })
 }
 
@@ -135,19 +139,16 @@ impl Head {
         let rows = targets.len() as i64;
         let hidden = self.hidden.f_narrow(0, start, rows)?;
         let logits = self.logits.f_narrow(0, 0, rows)?; // (rows, vocabulary)
-        product(&logits, &hidden, &self.weight.f_tr()?)?;
+        add_matrices(&logits, Onto::Nothing, &hidden, &self.weight.f_tr()?)?;
         if self.options.count_correct {
             self.correct += count_correct(&logits, targets)?;
         }
         let loss = Loss { smoothing: self.options.smoothing as f32, gradient: self.gradients.is_some() };
         judge::<f32>(&logits, logits.size()[1] as usize, targets, loss, (&self.losses, start as usize))?;
-        let Some([of_hidden, of_weight]) = &mut self.gradients else { return Ok(()) };
-        product(&of_hidden.f_narrow(0, start, rows)?, &logits, &self.weight)?;
-        match start {
-            0 => product(of_weight, &logits.f_tr()?, &hidden)?,
-            _ => drop(of_weight.f_addmm_(&logits.f_tr()?, &hidden)?),
-        }
-        Ok(())
+        let Some([of_hidden, of_weight]) = &self.gradients else { return Ok(()) };
+        add_matrices(&of_hidden.f_narrow(0, start, rows)?, Onto::Nothing, &logits, &self.weight)?;
+        let onto = if start == 0 { Onto::Nothing } else { Onto::Gradient };
+        Ok(add_matrices(of_weight, onto, &logits.f_tr()?, &hidden)?)
     }
 }
 
@@ -181,10 +182,4 @@ pub(super) fn count_correct(logits: &Tensor, targets: &[Target]) -> Result<i64> 
     let likeliest = Vec::<i64>::try_from(logits.f_argmax(1, false)?)?;
     Ok(likeliest.iter().zip(targets).filter(|(found, target)| target.is_some_and(|t| t as i64 == **found)).count()
         as i64)
-}
-
-/// `out = a · b`
-fn product(out: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
-    tch::no_grad(|| a.f_mm_out(out, b).map(drop))?;
-    Ok(())
 }

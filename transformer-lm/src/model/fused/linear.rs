@@ -1,7 +1,7 @@
 //! Dense layers, and gradients of weights that are added where they are kept.
 
 use half::bf16;
-use hvd_torch::autograd::{accumulate, differentiate, wanted};
+use hvd_torch::autograd::{Onto, accumulate, differentiate, wanted};
 use hvd_torch::parallel_for;
 use lm_kernels::Element;
 use tch::{Kind, Tensor};
@@ -26,12 +26,15 @@ impl Weight {
 
     /// What a backward function gives for the gradient that `add` adds to a tensor of the weight's shape: it is added where it is kept, so
     /// that no tensor is made which torch would only add.
-    pub(super) fn gradient(&self, add: impl FnOnce(Tensor) -> hvd_torch::Result<()>) -> hvd_torch::Result<Tensor> {
+    pub(super) fn gradient(
+        &self,
+        add: impl FnOnce(Tensor, Onto) -> hvd_torch::Result<()>,
+    ) -> hvd_torch::Result<Tensor> {
         match &self.leaf {
             Some(leaf) => accumulate(leaf, add).map(|()| Tensor::new()),
             None => {
-                let sum = self.values.f_zeros_like()?;
-                add(sum.shallow_clone())?;
+                let sum = self.values.f_empty_like()?;
+                add(sum.shallow_clone(), Onto::Nothing)?;
                 Ok(sum)
             }
         }
@@ -90,10 +93,7 @@ pub(super) fn linear_backward(grad: &Tensor, x: &Tensor, weight: &Weight) -> hvd
     }
     let grad = rows_of(grad)?;
     let of_x = grad.f_mm(&weight.values)?.f_view(&*x.size())?;
-    let of_weight = weight.gradient(|mut sum| {
-        let _ = sum.f_addmm_(&grad.f_tr()?, &rows_of(x)?)?;
-        Ok(())
-    })?;
+    let of_weight = weight.gradient(|sum, onto| add_matrices(&sum, onto, &grad.f_tr()?, &rows_of(x)?))?;
     Ok([of_x, of_weight])
 }
 
@@ -128,6 +128,15 @@ pub(super) fn add_product(residual: &Tensor, x: &Tensor, weight: &Weight, bias: 
     let sum = residual.detach().f_add(&bias.detach())?;
     let _ = rows_of(&sum)?.f_addmm_(&rows_of(x)?, &weight.values.f_tr()?)?;
     Ok(sum)
+}
+
+/// `sum = a · b`, or adds that.
+pub(super) fn add_matrices(sum: &Tensor, onto: Onto, a: &Tensor, b: &Tensor) -> hvd_torch::Result<()> {
+    let _ = tch::no_grad(|| match onto {
+        Onto::Nothing => a.f_mm_out(sum, b),
+        Onto::Gradient => sum.shallow_clone().f_addmm_(a, b),
+    })?;
+    Ok(())
 }
 
 /// A matrix whose rows are those of the last dimension.
@@ -165,7 +174,12 @@ pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let ids = Vec::<i64>::try_from(ids.f_reshape([-1])?)?;
     differentiate(&[weight], &out, move |grads| {
         let grad = grads[0].f_contiguous()?;
-        Ok(vec![kept.gradient(|sum| add_to_rows(&sum, &ids, &grad))?])
+        Ok(vec![kept.gradient(|mut sum, onto| {
+            if onto == Onto::Nothing {
+                let _ = sum.f_zero_()?;
+            }
+            add_to_rows(&sum, &ids, &grad)
+        })?])
     })?;
     let [out] = out;
     Ok(out)

@@ -28,7 +28,7 @@ pub(in super::super) fn forward(
     share_products(shape.b * shape.heads, &|heads, multiplier| {
         let room = Room::of(shape);
         let (mut keys, mut values) = (room.by_key(), room.by_width());
-        let (mut scores, mut weights, mut sums) = (room.scores(), Lines::zeros(BLOCK * room.keys), room.sums(BLOCK));
+        let (mut scores, mut weights, mut sums) = (room.scores(), Lines::any(BLOCK * room.keys), room.sums(BLOCK));
         for head in heads.map(|index| shape.head(index)) {
             // SAFETY: queries, keys and values are only read.
             let [q, k, v] = [0, 1, 2].map(|which| unsafe { part(shape, &qkv, &head, which) });
@@ -121,9 +121,9 @@ impl<'a> Scratch<'a> {
             turned_keys: room.by_width(),
             weights: room.scores(),
             grads: room.scores(),
-            narrow: Lines::zeros(BLOCK * room.keys),
-            turned: Lines::zeros(BLOCK_PAIRS * room.keys),
-            block: Lines::zeros(BLOCK_PAIRS * room.panels),
+            narrow: Lines::any(BLOCK * room.keys),
+            turned: Lines::any(BLOCK_PAIRS * room.keys),
+            block: Lines::any(BLOCK_PAIRS * room.panels),
             of_queries: room.sums(BLOCK),
             of_keys: room.sums(room.keys),
             of_values: room.sums(room.keys),
@@ -239,22 +239,22 @@ impl Room {
 
     /// For panels that have a column for each key, as deep as a head is wide.
     fn by_key(&self) -> Lines<PanelRow> {
-        Lines::zeros(self.keys / PANEL * self.width / 2)
+        Lines::any(self.keys / PANEL * self.width / 2)
     }
 
     /// For panels that have the head's columns, and a depth of all keys.
     fn by_width(&self) -> Lines<PanelRow> {
-        Lines::zeros(self.panels * self.keys / 2)
+        Lines::any(self.panels * self.keys / 2)
     }
 
     /// For a block's scores.
     fn scores(&self) -> Lines<f32> {
-        Lines::zeros(BLOCK * self.keys)
+        Lines::any(BLOCK * self.keys)
     }
 
     /// For sums of so many rows: those of the first panel's columns, then those of the next.
     fn sums(&self, rows: usize) -> Lines<f32> {
-        Lines::zeros(self.panels * rows * PANEL)
+        Lines::any(self.panels * rows * PANEL)
     }
 
     fn pack_by_key(&self, matrix: View<bf16>, panels: &mut [PanelRow]) {
@@ -263,16 +263,19 @@ impl Room {
         }
     }
 
+    /// Zeros follow the last row.
     fn pack_by_width(&self, matrix: View<bf16>, panels: &mut [PanelRow]) {
-        let panels = Window::of(panels, self.keys / 2).columns(0..self.t.div_ceil(2));
-        lm_kernels::pack_rows(matrix, panels);
+        let pairs = self.t.div_ceil(2);
+        for panel in panels.chunks_exact_mut(self.keys / 2) {
+            panel[pairs..].as_flattened_mut().fill(0);
+        }
+        lm_kernels::pack_rows(matrix, Window::of(panels, self.keys / 2).columns(0..pairs));
     }
 
-    /// As [`Room::pack_by_width`], of a block's rows; zeros follow the last.
+    /// As [`Room::pack_by_width`], of a block's rows.
     fn pack_block(&self, matrix: View<bf16>, panels: &mut [PanelRow]) {
         let [rows, _] = matrix.shape();
         let block = Room { t: rows, keys: BLOCK, ..*self };
-        panels.iter_mut().for_each(|row| row.fill(0));
         block.pack_by_width(matrix, panels);
     }
 

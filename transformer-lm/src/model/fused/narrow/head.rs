@@ -1,7 +1,7 @@
 //! The head's loss, with logits and their gradients in bf16.
 
 use half::bf16;
-use hvd_torch::autograd::{differentiate, wanted};
+use hvd_torch::autograd::{Onto, differentiate, wanted};
 use lm_kernels::{Element, Loss, Target};
 use tch::{Device, Kind, Tensor};
 
@@ -10,7 +10,7 @@ use super::super::linear::Weight;
 use super::super::span::{Held, Span};
 use super::product::{Left, Panels, product};
 use super::transposed::add_transposed;
-use crate::Result;
+use crate::{Error, Result};
 
 /// The most elements of the logits that exist at a time: 128 MiB.
 const LOGITS: usize = 64 << 20;
@@ -43,8 +43,11 @@ fn with_gradient(hidden: &Tensor, weight: &Tensor, targets: &[Target], options: 
     let turned = Panels::of_rows(&kept.values)?;
     for (start, targets) in head.pieces(targets) {
         if let Some(piece) = last.take() {
-            let sum = earlier.map_or_else(|| kept.values.f_zeros_like(), Ok)?;
-            piece.add_weight_gradient(&sum, 1.0)?;
+            let (sum, onto) = match earlier {
+                Some(sum) => (sum, Onto::Gradient),
+                None => (kept.values.f_empty_like()?, Onto::Nothing),
+            };
+            piece.add_weight_gradient(&sum, onto, 1.0)?;
             earlier = Some(sum);
         }
         let logits = head.judge::<bf16>(start, targets, true)?;
@@ -56,14 +59,16 @@ fn with_gradient(hidden: &Tensor, weight: &Tensor, targets: &[Target], options: 
         })?;
         last = Some(Piece { logits, hidden: head.hidden.f_narrow(0, start as i64, targets.len() as i64)? });
     }
+    let last = last.ok_or_else(|| Error::Config("a head's loss of no rows".into()))?;
     let result = head.result()?;
     let backward = move |grads: &[Tensor]| {
         let factor = grads[0].double_value(&[]);
-        let of_weight = kept.gradient(|sum| {
+        let of_weight = kept.gradient(|sum, mut onto| {
             if let Some(earlier) = &earlier {
-                add_scaled(&sum, factor as f32, earlier)?;
+                add_scaled(&sum, onto, factor, earlier)?;
+                onto = Onto::Gradient;
             }
-            last.as_ref().map_or(Ok(()), |piece| piece.add_weight_gradient(&sum, factor))
+            last.add_weight_gradient(&sum, onto, factor)
         })?;
         Ok(vec![of_hidden.f_mul_scalar(factor)?.f_to_kind(Kind::BFloat16)?, of_weight])
     };
@@ -80,10 +85,10 @@ struct Piece {
 }
 
 impl Piece {
-    /// `sum += factor · logitsᵀ · hidden`: what is added in one go needs no memory of the weight's size.
-    fn add_weight_gradient(&self, sum: &Tensor, factor: f64) -> hvd_torch::Result<()> {
+    /// `sum = factor · logitsᵀ · hidden`, or adds that: what is added in one go needs no memory of the weight's size.
+    fn add_weight_gradient(&self, sum: &Tensor, onto: Onto, factor: f64) -> hvd_torch::Result<()> {
         let stride = self.logits.size()[1] as usize;
-        add_transposed(sum, factor as f32, &self.logits, [sum.size()[0] as usize, stride], &self.hidden)
+        add_transposed((sum, onto), factor as f32, &self.logits, [sum.size()[0] as usize, stride], &self.hidden)
     }
 }
 

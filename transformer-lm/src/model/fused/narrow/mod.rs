@@ -94,7 +94,7 @@ pub(super) fn linear_backward(
         };
     })?;
     let columns = weight.values.size()[0] as usize;
-    let of_weight = weight.gradient(|sum| add_transposed(&sum, 1.0, &grad, [columns; 2], x))?;
+    let of_weight = weight.gradient(|sum, onto| add_transposed((&sum, onto), 1.0, &grad, [columns; 2], x))?;
     Ok([of_x, of_weight])
 }
 

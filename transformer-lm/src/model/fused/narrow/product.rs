@@ -201,7 +201,7 @@ pub(super) struct Sums {
 impl Sums {
     /// Of so many rows and panels, at most.
     pub(super) fn of(rows: usize, panels: usize) -> Sums {
-        Sums { all: Lines::zeros(rows * panels * PANEL), rows }
+        Sums { all: Lines::any(rows * panels * PANEL), rows }
     }
 
     /// Hands the blocks of some rows and panels to `finish`.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use half::bf16;
+use hvd_torch::autograd::Onto;
 use hvd_torch::num_threads;
 use lm_kernels::{Lines, Multiplier, PANEL, Pair, PanelRow, View, Window};
 use tch::{Device, Kind, Tensor};
@@ -21,18 +22,21 @@ const PANELS: usize = 6;
 /// Tasks that there should be for each thread, at least: few, as each packs its operands again.
 const TASKS: usize = 2;
 
-/// `sum += factor · leftᵀ · right` in f32, where the rows of the left matrix are `columns` of `stride` elements.
+/// `sum = factor · leftᵀ · right` in f32, or adds that, where the rows of the left matrix are `columns` of `stride` elements.
 pub(super) fn add_transposed(
-    sum: &Tensor,
+    (sum, onto): (&Tensor, Onto),
     factor: f32,
     left: &Tensor,
     [columns, stride]: [usize; 2],
     right: &Tensor,
 ) -> hvd_torch::Result<()> {
     if !holds::<f32>(sum) {
-        let apart = Tensor::f_zeros(sum.size(), (Kind::Float, Device::Cpu))?;
-        add_transposed(&apart, factor, left, [columns, stride], right)?;
-        let _ = sum.shallow_clone().f_add_(&apart)?;
+        let apart = Tensor::f_empty(sum.size(), (Kind::Float, Device::Cpu))?;
+        add_transposed((&apart, Onto::Nothing), factor, left, [columns, stride], right)?;
+        match onto {
+            Onto::Nothing => sum.shallow_clone().f_copy_(&apart)?,
+            Onto::Gradient => _ = sum.shallow_clone().f_add_(&apart)?,
+        }
         return Ok(());
     }
     let width = last_dimension(right);
@@ -57,9 +61,14 @@ pub(super) fn add_transposed(
                     if is_last {
                         let rows = rows.start + strip.start..rows.start + strip.end;
                         let first = columns.start + panel * PANEL;
-                        // SAFETY: each block of the sum is written by one thread.
-                        let out = unsafe { to.window(rows, first..columns.end.min(first + PANEL), width) };
-                        lm_kernels::accumulate(sums, factor, out);
+                        let columns = first..columns.end.min(first + PANEL);
+                        // SAFETY: each block of the sum is written by one thread, and `share_products` waits for what is streamed.
+                        unsafe {
+                            match onto {
+                                Onto::Nothing => lm_kernels::scale(sums, factor, to.result(rows, columns, width)),
+                                Onto::Gradient => lm_kernels::accumulate(sums, factor, to.window(rows, columns, width)),
+                            }
+                        }
                     }
                 });
             }
@@ -121,8 +130,8 @@ impl Scratch {
         let pairs = DEPTH / 2;
         Scratch {
             sums: Sums::of(cut.rows, cut.panels),
-            turned: Lines::zeros(cut.rows * pairs),
-            packed: Lines::zeros(cut.panels * pairs),
+            turned: Lines::any(cut.rows * pairs),
+            packed: Lines::any(cut.panels * pairs),
         }
     }
 
