@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Generation beside transformers: the same model (of our own making, exported), one core, one sequence, greedy, the key/value cache on.
-# The runs alternate; medians of tokens/s and their ratio are printed, for weights in f32 on both sides and for ours in bf16.
+# The runs alternate; medians of tokens/s and their ratio are printed, for weights in f32 on both sides and for ours in bf16 and int8.
 #
 # usage: scripts/bench_generate.sh [--install] [--models "demo gpt2-124m"] [--rounds 3] [--tokens 128]
 #
@@ -69,20 +69,20 @@ make_model() {
 }
 
 measure() {
-    local model=$1 new room
+    local model=$1 new room theirs weights
     # transformers has no window that slides.
     room=$(($(sed -n 's/^ *max_seq_len: *\([0-9]*\).*/\1/p' "configs/$1.yaml") - PROMPT_TOKENS))
     new=$((TOKENS < room ? TOKENS : room))
     step "$model: $new tokens after $PROMPT_TOKENS, $ROUNDS rounds"
     for _ in $(seq "$ROUNDS"); do
-        ours "$model" "$new" f32 >>"$WORK/$model/f32"
-        ours "$model" "$new" bf16 >>"$WORK/$model/bf16"
+        for weights in f32 bf16 int8; do
+            ours "$model" "$new" $weights >>"$WORK/$model/$weights"
+        done
         pinned "$TORCH_PYTHON" benches/peers/generate_torch.py "$WORK/$model/hf" $PROMPT_TOKENS "$new" 1 2>"$WORK/log" >>"$WORK/$model/theirs" ||
             die 1 "transformers failed" "$(tail -n 5 "$WORK/log")"
     done
-    local theirs weights
     theirs=$(median "$WORK/$model/theirs")
-    for weights in f32 bf16; do
+    for weights in f32 bf16 int8; do
         median "$WORK/$model/$weights" | awk -v name="$model, $weights" -v theirs="$theirs" \
             '{ printf "    %-26s %9.1f tokens/s   transformers %9.1f   %.2f times (goal 2)\n", name, $1, theirs, $1 / theirs }'
     done

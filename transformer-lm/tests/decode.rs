@@ -2,11 +2,12 @@
 
 mod support;
 
+use lm_kernels::QUANTUM;
 use support::{distance, ids, lively_model, tiny};
 use tch::nn::VarStore;
 use tch::{Kind, Tensor};
 use transformer_lm::model::sampling::Sampling;
-use transformer_lm::model::{GenerationParams, KvCache, ModelConfig, Positions, TransformerLM};
+use transformer_lm::model::{GenerationParams, KvCache, ModelConfig, Positions, StepWeights, TransformerLM};
 
 fn config() -> ModelConfig {
     ModelConfig { max_seq_len: 16, ..tiny() }
@@ -150,41 +151,60 @@ fn a_step_refuses_what_does_not_fit() {
     assert!(logits(vec![5]).unwrap_err().to_string().contains("do not fit into a cache of 4"));
 }
 
-/// A model whose matrices, all but one, hold numbers of bf16.
-fn rounded_but(left: &str) -> (VarStore, TransformerLM) {
+/// What a matrix is after it was rounded, as [`StepWeights`] say.
+fn rounded(matrix: &Tensor, weights: StepWeights) -> Tensor {
+    match weights {
+        StepWeights::Bf16 => matrix.to_kind(Kind::BFloat16),
+        StepWeights::Int8 => {
+            let parts: Vec<Tensor> = matrix.split(QUANTUM as i64, 1);
+            let round = |part: &Tensor| {
+                let scale = part.abs().amax([1], true) / 127.0;
+                (part / &scale).round() * scale
+            };
+            Tensor::cat(&parts.iter().map(round).collect::<Vec<_>>(), 1)
+        }
+    }
+}
+
+/// A model whose matrices, all but one, hold rounded numbers.
+fn rounded_but(left: &str, weights: StepWeights) -> (VarStore, TransformerLM) {
     let (store, model) = lively_model(&config(), Kind::Float);
     let parameters = model.parameters().into_iter();
     for (_, mut parameter) in parameters.filter(|(name, parameter)| parameter.dim() == 2 && name != left) {
-        tch::no_grad(|| parameter.copy_(&parameter.to_kind(Kind::BFloat16)));
+        tch::no_grad(|| parameter.copy_(&rounded(&parameter, weights)));
     }
     (store, model)
 }
 
 /// How far narrow weights move the logits of [`step`].
-fn narrowing((_store, mut model): (VarStore, TransformerLM), sequences: usize) -> f64 {
+fn narrowing((_store, mut model): (VarStore, TransformerLM), weights: StepWeights, sequences: usize) -> f64 {
     let whole = step(&model, sequences);
-    model.narrow_weights().unwrap();
+    model.narrow_weights(weights).unwrap();
     distance(&whole, &step(&model, sequences))
 }
 
+const BOTH: [StepWeights; 2] = [StepWeights::Bf16, StepWeights::Int8];
+
 #[test]
-fn narrow_weights_are_the_weights_rounded_to_bf16() {
-    for sequences in [1, 3, 7] {
-        let difference = narrowing(lively_model(&config(), Kind::Float), sequences);
+fn narrow_weights_are_the_weights_rounded() {
+    for (weights, sequences) in BOTH.into_iter().flat_map(|weights| [1, 3, 7].map(|sequences| (weights, sequences))) {
+        let difference = narrowing(lively_model(&config(), Kind::Float), weights, sequences);
         // Seven sequences at once are worth the whole weights.
-        assert_eq!(difference == 0.0, sequences == 7, "{difference}");
-        assert!(difference < 0.1, "{difference}");
-        let difference = narrowing(rounded_but("nothing"), sequences);
-        assert!(difference < 1e-5, "{difference}");
+        assert_eq!(difference == 0.0, sequences == 7, "{weights:?}: {difference}");
+        assert!(difference < 0.1, "{weights:?}: {difference}");
+        let difference = narrowing(rounded_but("nothing", weights), weights, sequences);
+        assert!(difference < 1e-5, "{weights:?}: {difference}");
     }
 }
 
 #[test]
 fn every_weight_of_a_product_is_narrow() {
-    let (_store, model) = rounded_but("nothing");
+    let (_store, model) = lively_model(&config(), Kind::Float);
     let matrices = model.parameters().into_iter().filter(|(_, parameter)| parameter.dim() == 2);
     // Positions are only added.
     for (name, _) in matrices.filter(|(name, _)| name != "wpe.weight") {
-        assert!(narrowing(rounded_but(&name), 1) > 0.0, "{name}");
+        for weights in BOTH {
+            assert!(narrowing(rounded_but(&name, weights), weights, 1) > 1e-5, "{name} {weights:?}");
+        }
     }
 }

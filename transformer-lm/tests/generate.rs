@@ -109,6 +109,7 @@ fn mistakes_are_told_in_one_line() {
     refused(&["--output", "nowhere/x"], 1, "cannot write nowhere/x: No such file");
     refused(&["--output", path.to_str().unwrap()], 1, "Is a directory");
     refused(&["--device", "abacus"], 2, "abacus");
+    refused(&["--weights", "int7"], 2, "possible values: f32, bf16, int8");
     refused(&["--interactive", "--output", "x"], 2, "cannot be used with");
     refused(&["--config", "nowhere.yaml"], 2, "nowhere.yaml");
     let other = folder.path().join("other.yaml");
@@ -323,6 +324,18 @@ fn a_text_can_come_from_a_file_and_end_early() {
     let expected = format!("abc{}\n", &added[..added.find(&stop).unwrap()]);
     let args = ["--prompt", "abc", "--max_new_tokens", "60", "--stop", "no such text", "--stop", &stop];
     assert_eq!(text_of(&run(&path, &args)), expected);
+}
+
+#[test]
+fn weights_can_be_read_in_fewer_bytes() {
+    let (_folder, path) = checkpoint();
+    let text =
+        |weights| text_of(&run(&path, &["--prompt", "abc", "--max-new-tokens", "9", "--greedy", "--weights", weights]));
+    for weights in ["f32", "bf16", "int8"] {
+        let written = text(weights);
+        assert!(written.starts_with("abc") && written.chars().count() > 9, "{weights}: {written}");
+        assert_eq!(written, text(weights));
+    }
 }
 
 #[test]

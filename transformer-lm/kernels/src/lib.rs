@@ -18,6 +18,7 @@ mod loss;
 mod norm;
 mod panel;
 mod product;
+mod quantised;
 mod window;
 
 pub use activation::{bias_gelu, gelu_backward};
@@ -30,7 +31,8 @@ pub use lines::Lines;
 pub use loss::{Loss, Target, cross_entropy};
 pub use norm::{ColumnSums, Moments, Norm, Normalised, add_rows, add_scaled, normalise, normalise_backward};
 pub use panel::{PANEL, Pair, PanelRow, pack_columns, pack_rows, transpose};
-pub use product::{multiply, weighted_sum};
+pub use product::{multiply, multiply_quantised, weighted_sum};
+pub use quantised::{QUANTUM, Quantised, quantise};
 pub use window::{View, Window, finish_streams};
 
 /// Partial results of a row that are kept side by side, so that a loop over it can use vectors, and two of them at once.

@@ -1,7 +1,8 @@
 //! Products of a matrix with few vectors, from either side. They cost what it costs to read the matrix, which [`multiply`] takes in 16 bits
-//! too.
+//! too, and [`multiply_quantised`] in 9.
 
 use super::norm::AddScaled;
+use super::quantised::Quantised;
 use super::{Element, LANES};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
@@ -20,10 +21,23 @@ const BLOCK: usize = 8;
 /// # Panics
 /// If the lengths do not fit to vectors of `width` elements.
 pub fn multiply<W: Element>(rows: &[W], vectors: &[f32], width: usize, products: &mut [&mut [f32]]) {
-    let count = rows.len().checked_div(width).unwrap_or(0);
-    assert!(count * width == rows.len() && vectors.len() == products.len() * width, "lengths that do not fit");
-    assert!(products.iter().all(|product| product.len() == count), "a product has an element for each row");
+    check(rows.len().checked_div(width).unwrap_or(0), rows.len(), vectors, width, products);
+    dispatch(Multiply { rows: Plain { elements: rows, width }, vectors, width, products });
+}
+
+/// [`multiply`] of a matrix of whole numbers and their scales.
+///
+/// # Panics
+/// As [`multiply`].
+pub fn multiply_quantised(rows: Quantised, vectors: &[f32], products: &mut [&mut [f32]]) {
+    let [count, width] = rows.shape();
+    check(count, count * width, vectors, width, products);
     dispatch(Multiply { rows, vectors, width, products });
+}
+
+fn check(count: usize, elements: usize, vectors: &[f32], width: usize, products: &[&mut [f32]]) {
+    assert!(count * width == elements && vectors.len() == products.len() * width, "lengths that do not fit");
+    assert!(products.iter().all(|product| product.len() == count), "a product has an element for each row");
 }
 
 /// `out = Σᵢ weights[i] · rows[i]`, where a row is as long as `out`.
@@ -35,32 +49,100 @@ pub fn weighted_sum(rows: &[f32], weights: &[f32], out: &mut [f32]) {
     dispatch(WeightedSum { rows, weights, out });
 }
 
-struct Multiply<'a, 'b, W> {
-    rows: &'a [W],
+/// A matrix's rows, as [`Multiply`] reads them.
+pub(super) trait Rows {
+    fn count(&self) -> usize;
+
+    /// The sums of products of a row and a vector, side by side; those of what is too short for lanes are left out.
+    fn lane_sums(&self, row: usize, vector: &[f32]) -> [f32; LANES];
+
+    /// The product of what was left out.
+    fn rest(&self, row: usize, vector: &[f32]) -> f32;
+}
+
+struct Multiply<'a, 'b, R> {
+    rows: R,
     vectors: &'a [f32],
     width: usize,
     products: &'a mut [&'b mut [f32]],
 }
 
-impl<W: Element> Kernel for Multiply<'_, '_, W> {
+impl<R: Rows> Kernel for Multiply<'_, '_, R> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let mut sums = [[0.0; LANES]; BLOCK];
-        for (block, rows) in self.rows.chunks(BLOCK * self.width).enumerate() {
+        for first in (0..self.rows.count()).step_by(BLOCK) {
+            let rows = first..self.rows.count().min(first + BLOCK);
             for (vector, product) in self.vectors.chunks_exact(self.width).zip(self.products.iter_mut()) {
-                let rows = rows.chunks_exact(self.width);
                 for (sums, row) in sums.iter_mut().zip(rows.clone()) {
-                    *sums = lane_sums(row, vector);
+                    *sums = self.rows.lane_sums(row, vector);
                 }
                 for sums in &mut sums {
                     add_halves(sums, VECTOR);
                 }
-                for ((product, sums), row) in product[block * BLOCK..].iter_mut().zip(&mut sums).zip(rows) {
+                for (sums, row) in sums.iter_mut().zip(rows.clone()) {
                     add_halves(&mut sums[..VECTOR], 1);
-                    *product = sums[0] + rest(row, vector);
+                    product[row] = sums[0] + self.rows.rest(row, vector);
                 }
             }
         }
+    }
+}
+
+/// How far ahead of what is read the memory is asked for more, in bytes: the fewer bytes an element has, the fewer of them the processor
+/// asks for by itself while it computes.
+const AHEAD: usize = 4096;
+
+#[inline(always)]
+pub(super) fn fetch_ahead<T>(elements: &[T; LANES]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        for line in (0..size_of_val(elements)).step_by(64) {
+            let place = elements.as_ptr().cast::<i8>().wrapping_add(AHEAD + line);
+            // SAFETY: the instruction, which every processor of this architecture has, only advises, wherever that is.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(place) };
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = elements;
+}
+
+/// Elements, row by row.
+struct Plain<'a, W> {
+    elements: &'a [W],
+    width: usize,
+}
+
+impl<'a, W> Plain<'a, W> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> &'a [W] {
+        &self.elements[row * self.width..][..self.width]
+    }
+}
+
+impl<W: Element> Rows for Plain<'_, W> {
+    #[inline(always)]
+    fn count(&self) -> usize {
+        self.elements.len() / self.width
+    }
+
+    #[inline(always)]
+    fn lane_sums(&self, row: usize, vector: &[f32]) -> [f32; LANES] {
+        let mut sums = [0.0; LANES];
+        for (a, b) in self.row(row).as_chunks::<LANES>().0.iter().zip(vector.as_chunks::<LANES>().0) {
+            fetch_ahead(a);
+            for lane in 0..LANES {
+                sums[lane] += a[lane].widen() * b[lane];
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn rest(&self, row: usize, vector: &[f32]) -> f32 {
+        let (row, vector) = (self.row(row).as_chunks::<LANES>().1, vector.as_chunks::<LANES>().1);
+        row.iter().zip(vector).map(|(a, b)| a.widen() * b).sum()
     }
 }
 
@@ -80,23 +162,6 @@ impl Kernel for WeightedSum<'_> {
     }
 }
 
-#[inline(always)]
-fn lane_sums<W: Element>(row: &[W], vector: &[f32]) -> [f32; LANES] {
-    let mut sums = [0.0; LANES];
-    for (a, b) in row.as_chunks::<LANES>().0.iter().zip(vector.as_chunks::<LANES>().0) {
-        for lane in 0..LANES {
-            sums[lane] += a[lane].widen() * b[lane];
-        }
-    }
-    sums
-}
-
-/// The product of what is too short for lanes.
-#[inline(always)]
-fn rest<W: Element>(row: &[W], vector: &[f32]) -> f32 {
-    row.as_chunks::<LANES>().1.iter().zip(vector.as_chunks::<LANES>().1).map(|(a, b)| a.widen() * b).sum()
-}
-
 /// Adds the second half to the first until there are `few`: one after the other would take longer than a short row.
 #[inline(always)]
 fn add_halves(sums: &mut [f32], few: usize) {
@@ -112,6 +177,7 @@ fn add_halves(sums: &mut [f32], few: usize) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::quantised::{QUANTUM, quantise};
     use super::super::tests::{check_levels, numbers};
     use super::*;
     use half::bf16;
@@ -125,8 +191,43 @@ mod tests {
     fn at<W: Element>(level: Level, rows: &[W], vectors: &[f32], width: usize) -> Vec<Vec<f32>> {
         let mut products = vec![vec![0.0; rows.len() / width]; vectors.len() / width];
         let mut slices: Vec<&mut [f32]> = products.iter_mut().map(Vec::as_mut_slice).collect();
+        dispatch_at(level, Multiply { rows: Plain { elements: rows, width }, vectors, width, products: &mut slices });
+        products
+    }
+
+    fn quantised_at(level: Level, rows: Quantised, vectors: &[f32]) -> Vec<Vec<f32>> {
+        let [count, width] = rows.shape();
+        let mut products = vec![vec![0.0; count]; vectors.len() / width];
+        let mut slices: Vec<&mut [f32]> = products.iter_mut().map(Vec::as_mut_slice).collect();
         dispatch_at(level, Multiply { rows, vectors, width, products: &mut slices });
         products
+    }
+
+    /// The products of the numbers that the quantised ones stand for, at every level with the same bits.
+    #[test]
+    fn quantised_rows_are_multiplied_as_what_they_stand_for() {
+        for (rows, width, vectors) in
+            [(1, 1, 1), (3, 31, 2), (5, 32, 1), (4, 100, 3), (19, 70, 2), (9, 768, 1), (0, 7, 1)]
+        {
+            let matrix: Vec<f32> = (0..rows * width).map(|i| (i as f32 * 0.37).sin()).collect();
+            let (numbers, scales) = quantise(&matrix, width);
+            let rows = Quantised::new(&numbers, &scales, width);
+            let given: Vec<f32> = (0..vectors * width).map(|i| (i as f32).cos()).collect();
+            let stands_for = |at: usize| {
+                let scale = scales[at / width * width.div_ceil(QUANTUM) + at % width / QUANTUM];
+                f64::from(numbers[at]) * f64::from(scale)
+            };
+            let found = quantised_at(Level::best(), rows, &given);
+            for (product, vector) in found.iter().zip(given.chunks_exact(width)) {
+                for (row, product) in product.iter().enumerate() {
+                    let terms = |i: usize| stands_for(row * width + i) * f64::from(vector[i]);
+                    let (sum, size): (f64, f64) =
+                        (0..width).map(terms).fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                    assert!((f64::from(*product) - sum).abs() <= 1e-6 * size, "{width}: {product} for {sum}");
+                }
+            }
+            assert!(Level::available().all(|level| quantised_at(level, rows, &given) == found));
+        }
     }
 
     #[test]

@@ -42,6 +42,7 @@ use block::{Block, LayerNorm, Stream};
 use fused::Attend;
 use init::Init;
 use matrix::Matrix;
+pub use matrix::StepWeights;
 
 pub use backward::Backward;
 pub use block::LAYER_NORM_EPS;
@@ -112,13 +113,14 @@ impl TransformerLM {
         Ok(Self { wte, wpe, blocks, ln_f, config: config.clone(), parameters: init.parameters })
     }
 
-    /// Keeps a second copy of the dense weights and the head's, rounded to bf16, from which the steps of a generation of few sequences are
+    /// Keeps a second copy of the dense weights and the head's, rounded, from which the steps of a generation of few sequences are
     /// computed: on a CPU they take as long as it takes to read the weights. Prompts are still read with the weights as they are.
     ///
     /// # Errors
     /// A model that is not on the CPU.
-    pub fn narrow_weights(&mut self) -> Result<()> {
-        self.blocks.iter_mut().flat_map(Block::weights).chain([&mut self.wte]).try_for_each(Matrix::narrow)
+    pub fn narrow_weights(&mut self, weights: StepWeights) -> Result<()> {
+        let mut all = self.blocks.iter_mut().flat_map(Block::weights).chain([&mut self.wte]);
+        all.try_for_each(|matrix| matrix.narrow(weights))
     }
 
     /// Asks the system to keep the weights that the steps of a generation read in large pages, on a CPU. Call it after
