@@ -6,6 +6,7 @@ use std::array::from_fn;
 use half::bf16;
 
 use super::activation::{gate, slope};
+use super::fetch::fetch;
 use super::norm::AddScaled;
 use super::{Element, PANEL, View, Window};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
@@ -66,6 +67,12 @@ fn block_rows(sums: &[f32]) -> impl Iterator<Item = (usize, &[f32; PANEL])> {
     sums.as_chunks::<PANEL>().0.iter().enumerate()
 }
 
+/// Asks for what follows a block's row: the next block is beside it.
+#[inline(always)]
+fn fetch_next<E>(row: &[E]) {
+    fetch(row.as_ptr_range().end, PANEL);
+}
+
 /// A row's elements, and zeros for those that are missing: loops over as many as a panel has need no second one for the rest.
 #[inline(always)]
 fn padded<E: Element>(row: &[E]) -> [E; PANEL] {
@@ -114,6 +121,7 @@ impl Kernel for MultiplyBy<'_> {
     #[inline(always)]
     fn run<I: Isa>(mut self) {
         for (at, sums) in block_rows(self.sums) {
+            fetch_next(self.factors.row(at));
             let factors = padded(self.factors.row(at));
             put::<I, bf16>(&from_fn(|i| sums[i] * factors[i].widen()), &mut self.out, at);
         }
@@ -132,6 +140,7 @@ impl Kernel for AddTo<'_> {
     fn run<I: Isa>(mut self) {
         let bias = padded(self.bias);
         for (at, sums) in block_rows(self.sums) {
+            fetch_next(self.base.row(at));
             let base = padded(self.base.row(at));
             put::<I, f32>(&from_fn(|i| base[i] + (sums[i] + bias[i])), &mut self.out, at);
         }
@@ -163,6 +172,7 @@ impl Kernel for Accumulate<'_> {
     #[inline(always)]
     fn run<I: Isa>(mut self) {
         for (at, values) in block_rows(self.sums) {
+            fetch_next(self.out.row(at));
             AddScaled { values, factor: self.factor, sum: self.out.row(at) }.run::<I>();
         }
     }

@@ -12,6 +12,7 @@ mod blocks;
 mod dropout;
 mod element;
 mod exp;
+mod fetch;
 mod finish;
 mod lines;
 mod loss;

@@ -3,6 +3,7 @@
 //! The left matrix lies row by row, neighbours along the depth that is summed over. The right one lies in *panels* of [`PANEL`] columns:
 //! a row of a panel has, for each column, the pair of elements of two rows of the matrix. What is missing of a panel is zero.
 
+use super::fetch::fetch;
 use super::{Element, View, Window};
 use hvd_kernels::simd::{Isa, Kernel, dispatch};
 
@@ -53,12 +54,15 @@ struct PackRows<'a, E> {
 impl<E: Element> Kernel for PackRows<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(mut self) {
-        let ([rows, _], [panels, pairs]) = (self.matrix.shape(), self.panels.shape());
+        let ([rows, columns], [panels, pairs]) = (self.matrix.shape(), self.panels.shape());
         let zeros = [E::narrow(0.0); PANEL];
         // Two rows to their end, and then the next: in the order of panels each row would come from memory as often as there are panels.
         for at in 0..pairs {
             let first = self.matrix.row(2 * at);
             let second = (2 * at + 1 < rows).then(|| self.matrix.row(2 * at + 1));
+            for row in 2 * at + 4..rows.min(2 * at + 6) {
+                fetch(self.matrix.row(row).as_ptr(), columns);
+            }
             for panel in 0..panels {
                 let part = |row: &'_ [E]| panel * PANEL..row.len().min((panel + 1) * PANEL);
                 let (first, columns) = (&first[part(first)], part(first));
@@ -91,6 +95,9 @@ fn interleave<E: Element, const N: usize>(first: &[E], second: &[E], out: &mut [
 const SQUARE: usize = 16;
 
 type Square = [[Pair; SQUARE]; SQUARE];
+
+/// Elements after a square's that are asked for where many rows are read side by side.
+const AHEAD: usize = 4 * SQUARE;
 
 struct PackColumns<'a, E> {
     matrix: View<'a, E>,
@@ -174,7 +181,11 @@ impl<E: Element> Transpose<'_, E> {
         };
         let mut square = [[0; SQUARE]; SQUARE];
         for (at, pairs) in square.iter_mut().enumerate() {
-            interleave(row(2 * (start + at)), row(2 * (start + at) + 1), pairs);
+            let (above, below) = (row(2 * (start + at)), row(2 * (start + at) + 1));
+            for row in [above, below] {
+                fetch(row.as_ptr().wrapping_add(AHEAD), SQUARE);
+            }
+            interleave(above, below, pairs);
         }
         square
     }

@@ -1,6 +1,7 @@
 //! Products of a matrix with few vectors, from either side. They cost what it costs to read the matrix, which [`multiply`] takes in 16 bits
 //! too, and [`multiply_quantised`] in 9.
 
+use super::fetch::fetch;
 use super::norm::AddScaled;
 use super::quantised::Quantised;
 use super::{Element, LANES};
@@ -95,17 +96,7 @@ const AHEAD: usize = 4096;
 
 #[inline(always)]
 pub(super) fn fetch_ahead<T>(elements: &[T; LANES]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        for line in (0..size_of_val(elements)).step_by(64) {
-            let place = elements.as_ptr().cast::<i8>().wrapping_add(AHEAD + line);
-            // SAFETY: the instruction, which every processor of this architecture has, only advises, wherever that is.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(place) };
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = elements;
+    fetch(elements.as_ptr().wrapping_byte_add(AHEAD), LANES);
 }
 
 /// Elements, row by row.
