@@ -78,6 +78,21 @@ pub enum Onto {
     Gradient,
 }
 
+impl Onto {
+    /// Adds `values` to `grad`, or begins it with them. No operation is recorded.
+    ///
+    /// # Errors
+    /// With torch's reason, for instance where their shapes differ.
+    pub fn add(self, grad: &Tensor, values: &Tensor) -> Result<()> {
+        let mut grad = grad.shallow_clone();
+        tch::no_grad(|| match self {
+            Onto::Nothing => grad.f_copy_(values),
+            Onto::Gradient => grad.f_add_(values).map(drop),
+        })?;
+        Ok(())
+    }
+}
+
 /// Has `add` add to the gradient of `leaf` in place, or begin it where there is none. For a function given to
 /// [`differentiate`] that would otherwise make a large gradient only for torch to add it: it gives an undefined one (`Tensor::new()`)
 /// instead. A hook of `leaf` runs as ever, once all functions of the graph that `leaf` went into have done their part.

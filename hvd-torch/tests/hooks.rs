@@ -6,8 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use common::values;
-use hvd_torch::autograd::{self, Onto};
-use hvd_torch::{Hook, set_grad};
+use hvd_torch::{Hook, autograd, set_grad};
 use tch::{Device, Kind, Tensor};
 
 type Trace = Arc<Mutex<Vec<&'static str>>>;
@@ -123,13 +122,7 @@ fn a_function_can_add_to_a_gradient_itself() {
         let kept = [a.shallow_clone(), b.shallow_clone()];
         let backward = move |grads: &[Tensor]| {
             let [a, b] = &kept;
-            autograd::accumulate(a, |mut grad, onto| {
-                match onto {
-                    Onto::Nothing => grad.f_copy_(&(&grads[0] * b))?,
-                    Onto::Gradient => _ = grad.f_addcmul_(&grads[0], b)?,
-                }
-                Ok(())
-            })?;
+            autograd::accumulate(a, |grad, onto| onto.add(&grad, &(&grads[0] * b)))?;
             Ok(vec![Tensor::new(), &grads[0] * a])
         };
         autograd::differentiate(&[&a, &b], std::slice::from_ref(&product), backward).unwrap();

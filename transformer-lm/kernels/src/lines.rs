@@ -24,7 +24,7 @@ thread_local! {
     static SPARE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// How many of them a thread keeps.
+/// How many of them a thread keeps, the largest.
 const MOST: usize = 16;
 
 impl<T: Pod> Lines<T> {
@@ -47,8 +47,10 @@ impl<T> Drop for Lines<T> {
         // A thread that ends has no spare ones any more.
         let _ = SPARE.try_with(|spare| {
             let mut spare = spare.borrow_mut();
-            if !lines.is_empty() && spare.len() < MOST {
-                spare.push(lines);
+            spare.push(lines);
+            if spare.len() > MOST {
+                let least = (0..=MOST).min_by_key(|&at| spare[at].len());
+                least.map(|at| spare.swap_remove(at));
             }
         });
     }
@@ -79,6 +81,16 @@ mod tests {
             assert_eq!((lines.len(), lines.as_ptr() as usize % 64), (len, 0));
             lines.iter_mut().for_each(|value| *value = 1.0);
         }
+    }
+
+    #[test]
+    fn a_thread_keeps_the_largest() {
+        let (large, small) = (Lines::<f32>::any(5000), [(); MOST].map(|()| Lines::<f32>::any(1)));
+        let place = large.as_ptr();
+        drop(small);
+        drop(large);
+        assert_eq!(Lines::<f32>::any(5000).as_ptr(), place);
+        SPARE.with_borrow(|spare| assert_eq!(spare.len(), MOST));
     }
 
     #[test]

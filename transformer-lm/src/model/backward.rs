@@ -1,7 +1,6 @@
 //! Loss and gradients of a micro-batch, with the activations kept or computed twice.
 
-use hvd_torch::Autocast;
-use hvd_torch::autograd::{self, Onto};
+use hvd_torch::{Autocast, autograd};
 use tch::{Kind, Tensor};
 
 use super::block::Stream;
@@ -84,13 +83,7 @@ impl TransformerLM {
             autograd::backward(&[(&parts.block(layer, &x)?, Some(&gradient))], false)?;
             gradient = x.f_grad()?;
         }
-        autograd::accumulate(&self.wte.values, |mut sum, onto| {
-            match onto {
-                Onto::Nothing => sum.f_copy_(&wte.f_grad()?)?,
-                Onto::Gradient => _ = sum.f_add_(&wte.f_grad()?)?,
-            }
-            Ok(())
-        })?;
+        autograd::accumulate(&self.wte.values, |sum, onto| onto.add(&sum, &wte.f_grad()?))?;
         autograd::backward(&[(&parts.embed()?, Some(&gradient))], false)?;
         Ok(sums)
     }

@@ -33,11 +33,7 @@ pub(super) fn add_transposed(
     if !holds::<f32>(sum) {
         let apart = Tensor::f_empty(sum.size(), (Kind::Float, Device::Cpu))?;
         add_transposed((&apart, Onto::Nothing), factor, left, [columns, stride], right)?;
-        match onto {
-            Onto::Nothing => sum.shallow_clone().f_copy_(&apart)?,
-            Onto::Gradient => _ = sum.shallow_clone().f_add_(&apart)?,
-        }
-        return Ok(());
+        return onto.add(sum, &apart);
     }
     let width = last_dimension(right);
     let depth = right.numel() / width;
