@@ -42,13 +42,11 @@ impl<'a, T> View<'a, T> {
     }
 
     /// Its elements from one row to the next.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(crate) fn stride(&self) -> usize {
         self.stride
     }
 
     /// Where a row begins, which must be one of them to be read.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(crate) fn at(&self, row: usize) -> *const T {
         self.first.wrapping_add(row * self.stride)
     }
@@ -128,7 +126,6 @@ impl<'a, T> Window<'a, T> {
     }
 
     /// Its elements from one row to the next.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(crate) fn stride(&self) -> usize {
         self.stride
     }

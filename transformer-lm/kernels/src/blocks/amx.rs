@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use half::bf16;
 
+use crate::fetch::{Ahead, Runs};
 use crate::{PANEL, Pair, PanelRow, View, Window};
 
 /// Rows of a tile.
@@ -69,25 +70,39 @@ struct Configuration {
 /// # Safety
 /// The processor has tiles, which nobody else uses on this thread; the shapes fit together, and the panel has rows.
 #[inline]
-pub(super) unsafe fn multiply(left: View<bf16>, panel: &[PanelRow], sums: &mut Window<f32>, adds: bool) {
+pub(super) unsafe fn multiply(
+    left: View<bf16>,
+    panel: &[PanelRow],
+    sums: &mut Window<f32>,
+    adds: bool,
+    ahead: &mut Ahead,
+) {
     let (whole, rest) = (panel.len() / PAIRS, panel.len() % PAIRS);
     // SAFETY: the caller's promise; what is left of the depth begins where the whole steps end.
     unsafe {
         if whole > 0 {
-            sum(left, panel, PAIRS, sums, adds);
+            sum(left, panel, PAIRS, sums, adds, ahead);
         }
         if rest > 0 {
             let last = left.columns(2 * whole * PAIRS..2 * panel.len());
-            sum(last, &panel[whole * PAIRS..], rest, sums, adds || whole > 0);
+            sum(last, &panel[whole * PAIRS..], rest, sums, adds || whole > 0, ahead);
         }
     }
 }
 
-/// Sums over as many steps of `pairs` as the panel has.
+/// Sums over as many steps of `pairs` as the panel has; meanwhile asks for what is `ahead`.
 ///
 /// # Safety
 /// As above.
-unsafe fn sum(left: View<bf16>, panel: &[PanelRow], pairs: usize, sums: &mut Window<f32>, adds: bool) {
+unsafe fn sum(
+    left: View<bf16>,
+    panel: &[PanelRow],
+    pairs: usize,
+    sums: &mut Window<f32>,
+    adds: bool,
+    ahead: &mut Ahead,
+) {
+    let steps = panel.len() / pairs;
     let [rows, _] = left.shape();
     for row in (0..rows).step_by(2 * ROWS) {
         let count = (rows - row).min(2 * ROWS);
@@ -98,13 +113,18 @@ unsafe fn sum(left: View<bf16>, panel: &[PanelRow], pairs: usize, sums: &mut Win
                 left: left.at(row),
                 left_stride: left.stride() * size_of::<bf16>(),
                 panel: panel.as_ptr().cast::<Pair>().wrapping_add(column),
-                steps: panel.len() / pairs,
+                steps,
                 sums: sums.at(row).wrapping_add(column),
                 sums_stride: sums.stride() * size_of::<f32>(),
                 adds,
             };
             // SAFETY: the tiles are configured for these rows, and the columns lie within the panel, which has steps.
-            unsafe { if count > ROWS { block.two_rows_of_tiles() } else { block.one_row_of_tiles() } }
+            unsafe {
+                match count > ROWS {
+                    true => block.two_rows_of_tiles(ahead.take(steps)),
+                    false => block.one_row_of_tiles(),
+                }
+            }
         }
     }
 }
@@ -151,11 +171,12 @@ struct Block {
 const PANEL_STRIDE: usize = size_of::<PanelRow>();
 
 impl Block {
-    /// 17 to 32 rows: of each tile that is loaded two products are made.
+    /// 17 to 32 rows: of each tile that is loaded two products are made. With each step the next of `ahead` is asked for.
     ///
     /// # Safety
     /// The tiles are configured for the rows, and are nobody else's; all of the block is valid, and has steps.
-    unsafe fn two_rows_of_tiles(&self) {
+    unsafe fn two_rows_of_tiles(&self, ahead: Option<Runs>) {
+        let (ahead, ahead_step) = ahead.map_or((std::ptr::null(), 0), |runs| (runs.first, runs.stride));
         debug_assert!(self.steps > 0);
         // SAFETY: the caller's promise.
         unsafe {
@@ -175,6 +196,18 @@ impl Block {
                 "3:",
                 "tileloadd tmm6, [{panel} + {panel_stride}]",
                 "tileloadd tmm4, [{left} + {left_stride}]",
+                "test {ahead_step}, {ahead_step}",
+                "jz 4f",
+                "prefetcht1 [{ahead}]",
+                "prefetcht1 [{ahead} + 64]",
+                "prefetcht1 [{ahead} + 128]",
+                "prefetcht1 [{ahead} + 192]",
+                "prefetcht1 [{ahead} + 256]",
+                "prefetcht1 [{ahead} + 320]",
+                "prefetcht1 [{ahead} + 384]",
+                "prefetcht1 [{ahead} + 448]",
+                "add {ahead}, {ahead_step}",
+                "4:",
                 "tileloadd tmm7, [{panel} + {panel_stride} + 64]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm5, [{left_below} + {left_stride}]",
@@ -197,6 +230,8 @@ impl Block {
                 panel = inout(reg) self.panel => _,
                 panel_stride = in(reg) PANEL_STRIDE,
                 panel_step = const PAIRS * PANEL_STRIDE,
+                ahead = inout(reg) ahead => _,
+                ahead_step = in(reg) ahead_step,
                 steps = inout(reg) self.steps => _,
                 upper = in(reg) self.sums,
                 lower = in(reg) self.sums.wrapping_byte_add(ROWS * self.sums_stride),

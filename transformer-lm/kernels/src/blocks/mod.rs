@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 
 use half::bf16;
 
+use super::fetch::Ahead;
 use super::{PANEL, PanelRow, View, Window};
 
 /// What multiplies bf16.
@@ -49,6 +50,8 @@ impl Unit {
 #[derive(Debug)]
 pub struct Multiplier {
     unit: Unit,
+    /// What is read next.
+    ahead: Ahead,
     _not_send: PhantomData<*const ()>,
 }
 
@@ -72,7 +75,18 @@ impl Multiplier {
     /// If the processor does not have the unit.
     pub unsafe fn new(unit: Unit) -> Multiplier {
         assert!(unit.is_available(), "no {unit:?} here");
-        Multiplier { unit, _not_send: PhantomData }
+        Multiplier { unit, ahead: Ahead::default(), _not_send: PhantomData }
+    }
+
+    /// Says what is read after what is multiplied next, and after what was said before. Tiles ask for it meanwhile, so that it comes from memory
+    /// while the processor computes: as much of it as there is time for.
+    pub fn ask_for<T>(&mut self, matrix: View<T>) {
+        self.ahead.push(matrix);
+    }
+
+    /// Takes back what it has not yet asked for.
+    pub fn forget(&mut self) {
+        self.ahead.clear();
     }
 
     /// `sums = left · panel`, or `sums += left · panel` where it adds. The order in which an element is summed depends on the depth alone.
@@ -89,7 +103,7 @@ impl Multiplier {
         match self.unit {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             // SAFETY: `new` has found that the processor has tiles, and was promised that nobody else uses them; the shapes fit.
-            Unit::Tiles => unsafe { amx::multiply(left, panel, sums, adds) },
+            Unit::Tiles => unsafe { amx::multiply(left, panel, sums, adds, &mut self.ahead) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `new` has found that the processor has these instructions; the shapes fit.
             Unit::Vectors => unsafe { vectors::multiply(left, panel, sums, adds) },
@@ -131,6 +145,8 @@ mod tests {
         // SAFETY: nobody else multiplies on this thread.
         let mut multiplier = unsafe { Multiplier::new(unit) };
         for times in 1..=2 {
+            // Of what is asked for nothing comes into the sums.
+            multiplier.ask_for(View::of(&b, strides[1]).columns(0..columns));
             // SAFETY: the rows lie in the vector.
             let mut into = unsafe { Window::new(sums.as_mut_ptr(), rows, PANEL, strides[2]) };
             multiplier.multiply(left, &panel, &mut into, times > 1);

@@ -9,14 +9,17 @@ use tch::{Device, Kind, Tensor};
 
 use super::super::span::Span;
 
-/// Rows of a block: with its part of the left matrix they stay in a processor's second cache.
+/// Rows of a block: with its part of the left matrix, its panels and those that come next they stay in a processor's second cache.
 const ROWS: usize = 256;
 
 /// Panels of a block.
-const PANELS: usize = 8;
+const PANELS: usize = 4;
 
 /// The depth that is summed over at once: so much of a strip stays in the first cache while the panels come by.
-pub(super) const DEPTH: usize = 512;
+pub(super) const DEPTH: usize = 256;
+
+/// The depth up to which a block's rows of the left matrix stay in the second cache while all panels come by.
+const KEPT: usize = 1024;
 
 /// Rows that are multiplied or packed at a time.
 pub(super) const STRIP: usize = 32;
@@ -149,6 +152,35 @@ impl Panels {
     }
 }
 
+/// What is multiplied at a time, while the next is asked for.
+struct Part {
+    rows: Range<usize>,
+    panels: Range<usize>,
+    depths: Range<usize>,
+}
+
+/// The parts of some rows of the result and some panels, in the order in which they are summed over.
+fn parts(rows: Range<usize>, panels: Range<usize>, depth: usize) -> impl Iterator<Item = Part> {
+    let groups = panels.clone().step_by(PANELS).map(move |first| first..panels.end.min(first + PANELS));
+    groups.flat_map(move |panels| {
+        let rows = rows.clone();
+        depths(depth).map(move |depths| Part { rows: rows.clone(), panels: panels.clone(), depths })
+    })
+}
+
+impl Part {
+    fn ask_for(&self, left: &Left, right: &Panels, multiplier: &mut Multiplier) {
+        for panel in self.panels.clone() {
+            // SAFETY: both matrices are only read while they are borrowed.
+            multiplier.ask_for(View::of(unsafe { right.part(panel, &self.depths) }, 1));
+        }
+        if left.depth > KEPT {
+            // SAFETY: as above.
+            multiplier.ask_for(unsafe { left.part(self.rows.clone(), self.depths.clone()) });
+        }
+    }
+}
+
 /// A block of the result.
 pub(super) struct Block<'a> {
     /// Its rows, each of [`PANEL`] sums, of which the first are those of its columns.
@@ -184,9 +216,13 @@ pub(super) fn product(left: &Left, right: &Panels, finish: &(dyn Fn(&Block) + Sy
             let (row, share) = (task / shares * ROWS, task % shares);
             let rows = row..left.rows.min(row + ROWS);
             let share = right.count() * share / shares..right.count() * (share + 1) / shares;
-            for first in share.clone().step_by(PANELS) {
-                let panels = first..share.end.min(first + PANELS);
-                sums.block((left, rows.clone()), (right, panels), multiplier, finish);
+            let mut parts = parts(rows, share, left.depth).peekable();
+            while let Some(part) = parts.next() {
+                multiplier.forget();
+                if let Some(next) = parts.peek() {
+                    next.ask_for(left, right, multiplier);
+                }
+                sums.add(left, right, &part, multiplier, finish);
             }
         }
     })
@@ -204,27 +240,26 @@ impl Sums {
         Sums { all: Lines::any(rows * panels * PANEL), rows }
     }
 
-    /// Hands the blocks of some rows and panels to `finish`.
-    fn block(
+    /// Sums over a part's depth, and hands the blocks to `finish` with the last of it.
+    fn add(
         &mut self,
-        (left, rows): (&Left, Range<usize>),
-        (right, panels): (&Panels, Range<usize>),
+        left: &Left,
+        right: &Panels,
+        Part { rows, panels, depths }: &Part,
         multiplier: &mut Multiplier,
         finish: &(dyn Fn(&Block) + Sync),
     ) {
-        for depths in depths(left.depth) {
-            let (adds, is_last) = (depths.start > 0, depths.end == left.depth);
-            // SAFETY: both matrices are only read while they are borrowed.
-            let part = unsafe { left.part(rows.clone(), depths.clone()) };
-            // SAFETY: as above.
-            let panel_at = |at: usize| unsafe { right.part(panels.start + at, &depths) };
-            self.multiply(multiplier, part, panels.len(), &panel_at, adds, |at, strip, sums| {
-                if is_last {
-                    let Range { start: column, end } = right.columns_of(panels.start + at);
-                    finish(&Block { sums, row: rows.start + strip.start, column, columns: end - column });
-                }
-            });
-        }
+        let (adds, is_last) = (depths.start > 0, depths.end == left.depth);
+        // SAFETY: both matrices are only read while they are borrowed.
+        let part = unsafe { left.part(rows.clone(), depths.clone()) };
+        // SAFETY: as above.
+        let panel_at = |at: usize| unsafe { right.part(panels.start + at, depths) };
+        self.multiply(multiplier, part, panels.len(), &panel_at, adds, |at, strip, sums| {
+            if is_last {
+                let Range { start: column, end } = right.columns_of(panels.start + at);
+                finish(&Block { sums, row: rows.start + strip.start, column, columns: end - column });
+            }
+        });
     }
 
     /// `sums = left · panels`, or adds that, strip by strip; `done` then gets the panel, the strip's rows, and what is there of their sums.

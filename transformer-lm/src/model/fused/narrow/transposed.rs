@@ -46,14 +46,19 @@ pub(super) fn add_transposed(
     share_products(cut.tasks(), &|tasks, multiplier| {
         let mut scratch = Scratch::of(&cut);
         for (rows, columns) in tasks.map(|task| cut.block(task)) {
-            for depths in depths(depth) {
+            // SAFETY: both matrices are only read.
+            let parts = |depths: Range<usize>| unsafe {
+                let left = left.view(depths.clone(), rows.clone(), stride);
+                [left, right.view(depths, columns.clone(), width)]
+            };
+            let mut all = depths(depth).peekable();
+            while let Some(depths) = all.next() {
                 let (adds, is_last) = (depths.start > 0, depths.end == depth);
-                // SAFETY: both matrices are only read.
-                let parts = unsafe {
-                    let left = left.view(depths.clone(), rows.clone(), stride);
-                    [left, right.view(depths, columns.clone(), width)]
-                };
-                scratch.multiply(multiplier, parts, adds, |panel, strip, sums| {
+                multiplier.forget();
+                if let Some(next) = all.peek() {
+                    parts(next.clone()).into_iter().for_each(|part| multiplier.ask_for(part));
+                }
+                scratch.multiply(multiplier, parts(depths), adds, |panel, strip, sums| {
                     if is_last {
                         let rows = rows.start + strip.start..rows.start + strip.end;
                         let first = columns.start + panel * PANEL;
