@@ -35,8 +35,8 @@ main() {
     done
     [ -f "$TEXT" ] || die $EXIT_USAGE "there is no text '$TEXT'" "usage: scripts/recipe.sh TEXT"
     programs lm train hvdrun
-    # A changed recipe or text has runs of its own.
-    FOLDER=runs/recipe/$(cat "$CONFIG" "$TEXT" | sha256sum | cut -c1-8)
+    # A changed recipe, text or program has runs of its own.
+    FOLDER=runs/recipe/$(cat "$CONFIG" "$TEXT" "$BIN/train" | sha256sum | cut -c1-8)
     prepare
     local seed ranks dtype
     for seed in $SEEDS; do
