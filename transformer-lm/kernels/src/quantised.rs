@@ -1,5 +1,7 @@
 //! Numbers of 8 bits: each [`QUANTUM`] neighbours of a row are whole numbers times one scale, 9 bits for each in all.
 
+use hvd_kernels::simd::{Isa, Kernel, dispatch};
+
 use super::LANES;
 use super::product::{Rows, fetch_ahead};
 
@@ -16,18 +18,45 @@ const GREATEST: f32 = 127.0;
 /// If the matrix is not whole rows.
 pub fn quantise(matrix: &[f32], width: usize) -> (Vec<i8>, Vec<f32>) {
     assert!(width > 0 && matrix.len().is_multiple_of(width));
-    let mut numbers = Vec::with_capacity(matrix.len());
-    let mut scales = Vec::with_capacity(matrix.len() / width * width.div_ceil(QUANTUM));
-    for values in matrix.chunks_exact(width).flat_map(|row| row.chunks(QUANTUM)) {
-        // What is no number stays what it is, so that it is seen.
-        let greater = |most: f32, value: &f32| if most.is_nan() || value.abs() <= most { most } else { value.abs() };
-        let scale = values.iter().fold(0.0, greater) / GREATEST;
-        let inverse = Some(1.0 / scale).filter(|inverse| inverse.is_finite()).unwrap_or(0.0);
-        // Out of range is only what rounding made so.
-        numbers.extend(values.iter().map(|value| (value * inverse).round_ties_even().clamp(-GREATEST, GREATEST) as i8));
-        scales.push(scale);
-    }
+    let (mut numbers, mut scales) = (vec![0; matrix.len()], vec![0.0; matrix.len() / width * width.div_ceil(QUANTUM)]);
+    dispatch(Quantise { matrix, width, numbers: &mut numbers, scales: &mut scales });
     (numbers, scales)
+}
+
+struct Quantise<'a> {
+    matrix: &'a [f32],
+    width: usize,
+    numbers: &'a mut [i8],
+    scales: &'a mut [f32],
+}
+
+impl Kernel for Quantise<'_> {
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let rows = self.matrix.chunks_exact(self.width).zip(self.numbers.chunks_exact_mut(self.width));
+        let mut scales = self.scales;
+        for (values, numbers) in rows {
+            let (of_this, rest) = scales.split_at_mut(values.len().div_ceil(QUANTUM));
+            for ((values, numbers), scale) in values.chunks(QUANTUM).zip(numbers.chunks_mut(QUANTUM)).zip(of_this) {
+                *scale = quantise_together(values, numbers);
+            }
+            scales = rest;
+        }
+    }
+}
+
+/// The scale of values that share it, and their whole numbers.
+#[inline(always)]
+fn quantise_together(values: &[f32], numbers: &mut [i8]) -> f32 {
+    // Without their signs numbers are ordered as their bits are. What is no number comes last, and so stays what it is: it is seen.
+    let greatest = values.iter().map(|value| value.abs().to_bits()).max().unwrap_or(0);
+    let scale = f32::from_bits(greatest) / GREATEST;
+    let inverse = Some(1.0 / scale).filter(|inverse| inverse.is_finite()).unwrap_or(0.0);
+    for (number, value) in numbers.iter_mut().zip(values) {
+        // Out of range is only what rounding made so.
+        *number = (value * inverse).round_ties_even().clamp(-GREATEST, GREATEST) as i8;
+    }
+    scale
 }
 
 /// A matrix that [`quantise`] made, or some rows of it.
@@ -100,6 +129,7 @@ impl Rows for Quantised<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hvd_kernels::simd::{Level, dispatch_at};
 
     #[test]
     fn numbers_are_off_by_at_most_half_a_scale() {
@@ -113,6 +143,18 @@ mod tests {
         }
         let greatest = numbers.chunks(width).map(|row| row[..QUANTUM].iter().map(|n| n.unsigned_abs()).max());
         assert!(greatest.into_iter().all(|most| most == Some(127)));
+    }
+
+    #[test]
+    fn every_processor_finds_the_same() {
+        let (width, rows) = (2 * QUANTUM + 3, 3);
+        let matrix: Vec<f32> = (0..rows * width).map(|i| (i as f32).sin()).collect();
+        let expected = quantise(&matrix, width);
+        for level in Level::available() {
+            let (mut numbers, mut scales) = (vec![9; rows * width], vec![9.0; rows * 3]);
+            dispatch_at(level, Quantise { matrix: &matrix, width, numbers: &mut numbers, scales: &mut scales });
+            assert_eq!((numbers, scales), expected, "{level:?}");
+        }
     }
 
     #[test]
