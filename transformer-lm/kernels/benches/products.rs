@@ -1,5 +1,5 @@
 //! Products of bf16, in floating-point operations ("elements") per second of one thread: what the processor's unit reaches, and what is
-//! left of it where operands come from the second cache, or from memory.
+//! left of it where operands come from the second cache or from memory, or the left one does not begin with a line of the cache.
 //!
 //! `cargo bench -p lm-kernels --bench products`
 
@@ -20,19 +20,21 @@ const MANY: usize = 4096;
 /// A block: the product of some rows with some panels.
 struct Block {
     left: Lines<bf16>,
+    /// Where the left matrix begins.
+    start: usize,
     sums: Lines<f32>,
     panels: usize,
 }
 
 impl Block {
-    fn new(rows: usize, panels: usize) -> Block {
-        let mut left = Lines::any(rows * DEPTH);
+    fn new(rows: usize, panels: usize, start: usize) -> Block {
+        let mut left = Lines::any(start + rows * DEPTH);
         left.fill(bf16::ONE);
-        Block { left, sums: Lines::any(panels * rows * PANEL), panels }
+        Block { left, start, sums: Lines::any(panels * rows * PANEL), panels }
     }
 
     fn rows(&self) -> usize {
-        self.left.len() / DEPTH
+        (self.left.len() - self.start) / DEPTH
     }
 
     fn operations(&self) -> Throughput {
@@ -40,7 +42,7 @@ impl Block {
     }
 
     fn multiply(&mut self, multiplier: &mut Multiplier, panels: &[PanelRow]) {
-        let (left, rows) = (View::of(&self.left, DEPTH), self.rows());
+        let (left, rows) = (View::of(&self.left[self.start..], DEPTH), self.rows());
         for start in (0..rows).step_by(STRIP) {
             let strip = left.rows(start..start + STRIP);
             for (panel, sums) in panels.chunks(PAIRS).zip(self.sums.chunks_mut(rows * PANEL)) {
@@ -58,13 +60,15 @@ fn products(c: &mut Criterion) {
         let mut group = c.benchmark_group(format!("products, {unit:?}"));
         // SAFETY: nobody else multiplies on this thread.
         let mut multiplier = unsafe { Multiplier::new(unit) };
-        for (name, rows, panels) in [("first cache", STRIP, 1), ("second cache", 256, 4)] {
-            let mut block = Block::new(rows, panels);
+        let cases =
+            [("first cache", STRIP, 1, 0), ("first cache, off its lines", STRIP, 1, 8), ("second cache", 256, 4, 0)];
+        for (name, rows, panels, start) in cases {
+            let mut block = Block::new(rows, panels, start);
             group.throughput(block.operations());
             group.bench_function(name, |b| b.iter(|| block.multiply(&mut multiplier, &many[..panels * PAIRS])));
         }
         for (name, asks) in [("memory", false), ("memory, asked for", true)] {
-            let mut block = Block::new(256, 4);
+            let mut block = Block::new(256, 4, 0);
             group.throughput(block.operations());
             let mut groups = many.chunks(block.panels * PAIRS).cycle().peekable();
             group.bench_function(name, |b| {

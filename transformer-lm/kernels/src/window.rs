@@ -126,6 +126,7 @@ impl<'a, T> Window<'a, T> {
     }
 
     /// Its elements from one row to the next.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(crate) fn stride(&self) -> usize {
         self.stride
     }
